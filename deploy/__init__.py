@@ -1,0 +1,1 @@
+"""Serving and running. Never imports `train`: a robot computer has no training stack."""

@@ -1,0 +1,1 @@
+"""The body: robots, simulators, the control loop, safety, evaluation. Imports without torch."""

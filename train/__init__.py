@@ -1,0 +1,1 @@
+"""Learning: data, fine-tuning, statistics, reports."""

@@ -1,0 +1,1 @@
+"""The policy: observation -> action chunk. Knows neither robots nor data sets."""

@@ -1,0 +1,93 @@
+"""The policy's configuration: everything that decides its architecture. No torch.
+
+A checkpoint carries one of these; together with its statistics, tokenizer and weights it is complete.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vla.codec import Normalization
+from vla.errors import UsageError
+
+
+@dataclass(frozen=True)
+class TinyVLM:
+    """Sizes of a small SmolVLM built from random weights: same classes, nothing downloaded."""
+
+    width: int  # of the vision tower and of the text model
+    vision_layers: int
+    text_layers: int
+    heads: int  # query heads; one key-value head for each
+    mlp: int
+    patch: int  # pixels
+    pixel_shuffle: int  # a square of this side of patches becomes one token
+
+
+@dataclass(frozen=True)
+class SmolVLMConfig:
+    """SmolVLM2 as prefix encoder (SmolVLA's layout: images, then text, bidirectional)."""
+
+    kind: Literal["smolvlm"]
+    weights: str | None  # checkpoint folder or hub id with weights and tokenizer; null: `tiny` at random
+    tiny: TinyVLM | None  # sizes used when `weights` is null
+    text_layers: int | None  # keep this many text layers of a pretrained model; null: all
+    freeze: tuple[Literal["vision", "connector", "text"], ...]
+
+    def __post_init__(self) -> None:
+        if (self.weights is None) == (self.tiny is None):
+            raise UsageError(
+                "policy.backbone: give either 'weights' (folder or hub id) or 'tiny' (sizes), not both."
+            )
+
+
+@dataclass(frozen=True)
+class ExpertConfig:
+    """The action expert: a transformer over suffix tokens that attends to the prefix cache."""
+
+    width: int
+    layers: int
+    mlp: int
+    attention: tuple[Literal["joint", "cross"], ...]  # repeated over the layers
+    norm: Literal["rms", "adarms"]  # adarms: the time conditions every norm (pi0.5)
+    time: Literal["concat", "adarms"]  # concat: the time is mixed into the action tokens (pi0, SmolVLA)
+    action_attention: Literal["bidirectional", "causal"]
+
+    def __post_init__(self) -> None:
+        if (self.norm == "adarms") != (self.time == "adarms"):
+            raise UsageError("policy.expert: norm and time are both 'adarms', or neither.")
+        if self.width % 2:
+            raise UsageError(f"policy.expert.width must be even, got {self.width}.")
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching (pi0): t = 1 noise, t = 0 data, velocity noise - action."""
+
+    kind: Literal["flow"]
+    steps: int  # Euler steps of the sampler
+    noise_scale: float  # standard deviation of the starting noise when sampling; 0 starts at the mean
+    draws: int  # noise and time draws per prefix and training step
+
+
+HeadConfig = FlowConfig
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    chunk: int  # H, steps predicted
+    execute: int  # steps executed before planning anew
+    state_dim: int  # padded width of the state vector
+    action_dim: int  # padded width of an action
+    cameras: tuple[str, ...]  # names, in the order of the prefix
+    image_size: int  # pixels, side of the square the backbone sees
+    max_tokens: int  # longest instruction, in tokens
+    normalization: Normalization
+    backbone: SmolVLMConfig
+    expert: ExpertConfig
+    head: HeadConfig
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.execute <= self.chunk:
+            raise UsageError(f"policy.execute must be 1..chunk ({self.chunk}), got {self.execute}.")
+        if not self.cameras or len(set(self.cameras)) != len(self.cameras):
+            raise UsageError(f"policy.cameras needs one or more different names, got {self.cameras}.")

@@ -1,6 +1,6 @@
 """What the data side hands to the loss."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -24,8 +24,9 @@ class Batch:
     loss_scale: float  # weight that makes the mean of micro-batch means the mean of the global batch
 
     def to(self, device: torch.device | str) -> "Batch":
-        moved = {
-            f.name: v.to(device, non_blocking=True) if isinstance(v := getattr(self, f.name), Tensor) else v
+        tensors = {
+            f.name: value.to(device, non_blocking=True)
             for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
         }
-        return Batch(**moved)
+        return replace(self, **tensors)

@@ -35,9 +35,7 @@ class SmolVLMConfig:
 
     def __post_init__(self) -> None:
         if (self.weights is None) == (self.tiny is None):
-            raise UsageError(
-                "policy.backbone: give either 'weights' (folder or hub id) or 'tiny' (sizes), not both."
-            )
+            raise UsageError("policy.backbone: give either 'weights' (folder or hub id) or 'tiny' (sizes), not both.")
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,15 @@ class ExpertConfig:
     layers: int
     mlp: int
     attention: tuple[Literal["joint", "cross"], ...]  # repeated over the layers
-    norm: Literal["rms", "adarms"]  # adarms: the time conditions every norm (pi0.5)
-    time: Literal["concat", "adarms"]  # concat: the time is mixed into the action tokens (pi0, SmolVLA)
-    action_attention: Literal["bidirectional", "causal"]
+    norm: Literal["rms", "adarms"]  # adarms: the head's time conditions every norm (pi0.5)
+    action_attention: Literal["bidirectional", "causal"]  # pi0 and pi0.5, or SmolVLA
 
     def __post_init__(self) -> None:
-        if (self.norm == "adarms") != (self.time == "adarms"):
-            raise UsageError("policy.expert: norm and time are both 'adarms', or neither.")
+        if "joint" not in self.attention:
+            raise UsageError(
+                f"policy.expert.attention is {self.attention}: at least one layer kind must be 'joint', since only "
+                "joint layers let the actions see the state and one another."
+            )
         if self.width % 2:
             raise UsageError(f"policy.expert.width must be even, got {self.width}.")
 
@@ -64,6 +64,7 @@ class FlowConfig:
     """Flow matching (pi0): t = 1 noise, t = 0 data, velocity noise - action."""
 
     kind: Literal["flow"]
+    time: Literal["concat", "adarms"]  # mixed into the action tokens (pi0, SmolVLA), or into the norms (pi0.5)
     steps: int  # Euler steps of the sampler
     noise_scale: float  # standard deviation of the starting noise when sampling; 0 starts at the mean
     draws: int  # noise and time draws per prefix and training step
@@ -91,3 +92,8 @@ class PolicyConfig:
             raise UsageError(f"policy.execute must be 1..chunk ({self.chunk}), got {self.execute}.")
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UsageError(f"policy.cameras needs one or more different names, got {self.cameras}.")
+        if (self.head.time == "adarms") != (self.expert.norm == "adarms"):
+            raise UsageError(
+                f"policy.head.time is {self.head.time!r} and policy.expert.norm is {self.expert.norm!r}: "
+                "both are 'adarms', or neither."
+            )

@@ -1,0 +1,118 @@
+"""A checkpoint folder: everything a policy needs, loadable in a fresh process with no network.
+
+config.yaml         PolicyConfig
+statistics.json     normalisation, with the ActionSpecs of state and action
+model.safetensors   all weights, strict
+tokenizer/          tokenizer.json
+backbone/           config.json of the Hugging Face architecture
+versions.json       what wrote it
+"""
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from vla import config, tokenizer
+from vla.backbone import saved_backbone
+from vla.errors import CheckpointError, TandemError
+from vla.files import whole_folder, write_json, write_text
+from vla.policy import VLAPolicy
+from vla.policy_config import PolicyConfig
+from vla.stats import Statistics
+
+FORMAT = 1
+FILES = ("config.yaml", "statistics.json", "model.safetensors", "versions.json")
+
+
+def save(policy: VLAPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write `policy` to `folder`, whole or not at all.
+
+    Args:
+        weights: written instead of the policy's own, under the same names (an average, gathered shards).
+    """
+    with whole_folder(folder) as partial:
+        state = policy.state_dict() if weights is None else weights
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, partial / "model.safetensors")
+        write_text(partial / "config.yaml", config.dump(policy.config))
+        write_json(partial / "statistics.json", policy.processor.codec.statistics.to_json())
+        policy.processor.tokenizer.save(partial / "tokenizer")
+        policy.backbone.hf_config.save_pretrained(partial / "backbone")
+        packages = ("tandem-vla", "torch", "transformers", "tokenizers", "numpy")
+        write_json(partial / "versions.json", {"format": FORMAT} | {name: version(name) for name in packages})
+
+
+def load(folder: Path | str, device: str = "cpu", settings: Mapping[str, Any] | None = None) -> VLAPolicy:
+    """Read a policy.
+
+    Args:
+        settings: decode settings that replace the saved ones, as dotted keys: "execute", "head.steps",
+            "head.noise_scale". Nothing that would change what the weights mean.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or weights and configuration do not fit.
+        UsageError: an unknown setting.
+    """
+    folder = Path(folder)
+    _require_complete(folder)
+    policy_config = _configured(folder, settings or {})
+    try:
+        statistics = Statistics.from_json(json.loads((folder / "statistics.json").read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'statistics.json'} is damaged: {error!r}.") from error
+    with torch.random.fork_rng(devices=[]):  # building draws random weights that are then overwritten
+        policy = VLAPolicy.compose(
+            policy_config, statistics, saved_backbone(folder / "backbone"), tokenizer.load(folder / "tokenizer")
+        )
+    load_weights(policy, folder / "model.safetensors")
+    return policy.to(device).eval()
+
+
+def load_weights(policy: VLAPolicy, path: Path) -> None:
+    """Strict: every name and shape must agree."""
+    try:
+        state = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file.") from error
+    own = policy.state_dict()
+    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or foreign or wrong:
+        raise CheckpointError(
+            f"{path} does not fit its config.yaml: {len(missing)} weights missing {missing[:3]}, "
+            f"{len(foreign)} unknown {foreign[:3]}, {len(wrong)} of another shape {sorted(wrong)[:3]}."
+        )
+    policy.load_state_dict(state)
+
+
+def _require_complete(folder: Path) -> None:
+    absent = [name for name in FILES if not (folder / name).is_file()]
+    if not absent:
+        return
+    if not folder.is_dir():
+        raise CheckpointError(f"No such checkpoint folder: {folder}.")
+    last = folder / "checkpoints" / "last"
+    hint = f" Did you mean {last.parent / last.read_text().strip() / 'policy'}?" if last.is_file() else ""
+    raise CheckpointError(f"{folder} is no policy checkpoint: {', '.join(absent)} missing.{hint}")
+
+
+def _configured(folder: Path, settings: Mapping[str, Any]) -> PolicyConfig:
+    allowed = {"execute", "head.steps", "head.noise_scale"}
+    try:
+        saved = config.load(PolicyConfig, folder / "config.yaml")
+    except TandemError as error:
+        raise CheckpointError(f"{folder / 'config.yaml'} is damaged or of another release: {error}") from error
+    unknown = sorted(set(settings) - allowed)
+    if unknown:
+        raise CheckpointError(f"Settings {unknown} cannot be changed after training. Valid: {sorted(allowed)}.")
+    return config.build(
+        PolicyConfig,
+        config.override(config.to_data(saved), [f"{k}={json.dumps(v)}" for k, v in settings.items()], PolicyConfig),
+        "settings",
+    )

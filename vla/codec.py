@@ -35,9 +35,7 @@ class Codec:
         state_dim, action_dim: the model's padded widths, at least the specs' dimensions.
     """
 
-    def __init__(
-        self, statistics: Statistics, normalization: Normalization, state_dim: int, action_dim: int
-    ) -> None:
+    def __init__(self, statistics: Statistics, normalization: Normalization, state_dim: int, action_dim: int) -> None:
         for name, dim, spec in (
             ("state_dim", state_dim, statistics.state_spec),
             ("action_dim", action_dim, statistics.action_spec),

@@ -8,9 +8,11 @@ missing, unknown or of the wrong type is a `UsageError` that lists the valid one
 * another frozen dataclass, or a union of dataclasses that each carry a `kind: Literal["name"]` field.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,7 +21,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from vla.errors import UsageError, choose_from
+from vla.errors import TandemError, UsageError, choose_from
 
 T = TypeVar("T")
 
@@ -29,27 +31,36 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # pyright: ignore[reportArgumentType]
-        for key in keys:
+        for (key_node, _), key in zip(node.value, keys, strict=True):
             if keys.count(key) > 1:
-                raise UsageError(f"Key {key!r} is given twice{node.start_mark}.")
+                raise UsageError(f"Key {key!r} is given twice, first in line {key_node.start_mark.line + 1}.")
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
-        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$|^[-+]\.(?:inf|Inf|INF)$"
-    ),
-    list("-+0123456789."),
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that `_Loader` would read as something else."""
+
+
+def _represent_string(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    breaks = any(c in text for c in "\x85\u2028\u2029")  # line breaks that PyYAML forgets to quote
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _represent_string)
+
+_FLOAT = re.compile(
+    r"^[-+]?(?:[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.[0-9]+(?:[eE][-+]?[0-9]+)?"
+    r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$|^[-+]\.(?:inf|Inf|INF)$"
 )
+for _side in (_Loader, _Dumper):
+    _side.yaml_implicit_resolvers = {
+        first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:float"]
+        for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _side.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
-def load(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:
+def load(cls: type[T], path: Path | str, overrides: Sequence[str] = ()) -> T:  # noqa: UP047 (parses on Python 3.10)
     """Read the YAML at `path`, apply overrides such as `optim.lr=1e-4`, build `cls`.
 
     Raises:
@@ -64,7 +75,9 @@ def read(path: Path | str) -> dict[str, Any]:
         siblings = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise UsageError(f"No such file: {path}.{choose_from(path.name, siblings)}")
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -99,14 +112,14 @@ def _copy(value: Any) -> Any:
 
 def _parse(text: str, item: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise UsageError(f"Override {item!r}: the value is not valid YAML.") from error
 
 
 def _step(target: Any, name: str, where: str) -> Any:
     if isinstance(target, list):
-        if name.isdigit() and int(name) < len(target):
+        if name.isdecimal() and int(name) < len(target):
             return target[int(name)]
         raise UsageError(f"{where} is a list of {len(target)}; {name!r} is not one of its indices.")
     if not isinstance(target, dict) or name not in target:
@@ -117,10 +130,8 @@ def _step(target: Any, name: str, where: str) -> Any:
 
 def _assign(target: Any, last: str, value: Any, item: str) -> None:
     if isinstance(target, list):
-        if not last.isdigit() or int(last) >= len(target):
-            raise UsageError(
-                f"Override {item!r}: the list has {len(target)} entries, {last!r} is not an index."
-            )
+        if not last.isdecimal() or int(last) >= len(target):
+            raise UsageError(f"Override {item!r}: the list has {len(target)} entries, {last!r} is not an index.")
         target[int(last)] = value
     elif isinstance(target, dict):
         target[last] = value
@@ -132,29 +143,33 @@ def _field_names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+def build(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:  # noqa: UP047 (parses on Python 3.10)
     """`data` as an instance of the dataclass `cls`; `where` prefixes error messages."""
     if not isinstance(data, Mapping):
-        raise UsageError(
-            f"{where or cls.__name__} must be a mapping with keys {_field_names(cls)}, got {data!r}."
-        )
+        raise UsageError(f"{where or cls.__name__} must be a mapping with keys {_field_names(cls)}, got {data!r}.")
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
     for key in data:
         if key not in fields:
-            raise UsageError(f"{where}: unknown key {key!r}.{choose_from(key, fields)}")
+            raise UsageError(f"{where or cls.__name__}: unknown key {key!r}.{choose_from(key, fields)}")
     required = [n for n, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     missing = [n for n in required if n not in data]
     if missing:
         raise UsageError(
-            f"{where}: missing key{'s' * (len(missing) > 1)} {missing}. Valid: {', '.join(fields)}."
+            f"{where or cls.__name__}: missing key{'s' * (len(missing) > 1)} {missing}. Valid: {', '.join(fields)}."
         )
-    return cls(
-        **{
-            k: _value(hints[k], v, f"{where}: {k}" if "." not in where else f"{where} {k}")
-            for k, v in data.items()
-        }
-    )
+    values = {k: _value(hints[k], v, _below(where, k)) for k, v in data.items()}
+    try:
+        return cls(**values)
+    except TandemError as error:
+        raise UsageError(f"{where}: {error}" if where else str(error)) from error
+
+
+def _below(where: str, key: str) -> str:
+    """The place of `key` in messages: `run.yaml`, then `run.yaml: optim`, then `run.yaml: optim.lr`."""
+    if not where:
+        return key
+    return f"{where}.{key}" if ": " in where else f"{where}: {key}"
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
@@ -175,7 +190,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is dict:
         if not isinstance(value, dict):
             raise UsageError(f"{where} must be a mapping, got {value!r}.")
-        return {str(k): _value(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _value(args[1], v, _below(where, str(k))) for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # pyright: ignore[reportArgumentType]
     return _scalar(hint, value, where)
@@ -189,14 +204,15 @@ def _union(args: tuple[Any, ...], value: Any, where: str) -> Any:
         return _value(kinds[0], value, where)
     if all(dataclasses.is_dataclass(k) for k in kinds):
         by_kind = {get_args(typing.get_type_hints(k)["kind"])[0]: k for k in kinds}
-        kind = value.get("kind") if isinstance(value, Mapping) else None
-        if kind not in by_kind:
+        if not isinstance(value, Mapping) or value.get("kind") not in by_kind:
+            kind = value.get("kind") if isinstance(value, Mapping) else value
             raise UsageError(f"{where} needs a 'kind', got {kind!r}.{choose_from(kind, by_kind)}")
-        return build(by_kind[kind], value, where)
-    for kind in kinds:  # simple types only: the first that fits exactly
-        if type(value) is kind:
-            return value
-    return _value(kinds[0], value, where)
+        return build(by_kind[value["kind"]], value, where)
+    for kind in kinds:  # the first that fits
+        with contextlib.suppress(UsageError):
+            return _value(kind, value, where)
+    names = " or ".join(k.__name__ if isinstance(k, type) else str(k).removeprefix("typing.") for k in kinds)
+    raise UsageError(f"{where} must be {names}, got {value!r}.")
 
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
@@ -223,7 +239,7 @@ def to_data(config: Any) -> Any:
 
 def dump(config: Any) -> str:
     """`config` as the complete YAML that `load` reads back to an equal value."""
-    return yaml.safe_dump(to_data(config), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(to_data(config), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def digest(config: Any) -> str:

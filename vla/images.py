@@ -14,9 +14,7 @@ def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
         return image
     ratio = size / max(height, width)
     new_h, new_w = max(1, round(height * ratio)), max(1, round(width * ratio))
-    scaled = cv2.resize(
-        image, (new_w, new_h), interpolation=cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR
-    )
+    scaled = cv2.resize(image, (new_w, new_h), interpolation=cv2.INTER_AREA if ratio < 1 else cv2.INTER_LINEAR)
     if (new_h, new_w) == (size, size):
         return np.asarray(scaled)
     square = np.zeros((size, size, 3), np.uint8)

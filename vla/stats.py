@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,9 @@ class Moments:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Moments":
-        return cls(**{k: v if k == "count" else np.asarray(v, np.float64) for k, v in data.items()})
+        _require_keys("Statistics of a vector", data, {f.name for f in fields(cls)})
+        values: dict[str, Any] = {k: np.asarray(v, np.float64) for k, v in data.items() if k != "count"}
+        return cls(count=data["count"], **values)
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ class Statistics:
         for name in ("state", "action"):
             dim, expected = len(getattr(self, name).mean), getattr(self, f"{name}_spec").dim
             if dim != expected:
-                raise TandemError(
-                    f"Statistics of {name} have {dim} dimensions, its ActionSpec has {expected}."
-                )
+                raise TandemError(f"Statistics of {name} have {dim} dimensions, its ActionSpec has {expected}.")
 
     def require_for(self, state_spec: ActionSpec, action_spec: ActionSpec, what: str) -> None:
         """Raise `SpecMismatch` unless these are statistics of exactly this state and action."""
@@ -86,9 +86,8 @@ class Statistics:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Statistics":
         if data.get("version") != VERSION:
-            raise TandemError(
-                f"Statistics have version {data.get('version')!r}; this release reads {VERSION}."
-            )
+            raise TandemError(f"Statistics have version {data.get('version')!r}; this release reads {VERSION}.")
+        _require_keys("Statistics", data, {"version", *(f.name for f in fields(cls))})
         return cls(
             state_spec=ActionSpec.from_json(data["state_spec"]),
             action_spec=ActionSpec.from_json(data["action_spec"]),
@@ -96,3 +95,8 @@ class Statistics:
             action=Moments.from_json(data["action"]),
             source=data["source"],
         )
+
+
+def _require_keys(what: str, data: Mapping[str, Any], keys: set[str]) -> None:
+    if set(data) != keys:
+        raise TandemError(f"{what} hold the keys {sorted(data)}, expected {sorted(keys)}. Compute them anew.")

@@ -6,14 +6,14 @@ All arrays are made read-only when they enter one of these: whoever needs to cha
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 
-from vla.errors import SpecMismatch, TandemError
+from vla.errors import SpecMismatch, TandemError, choose_from
 
 Reference = Literal["absolute", "delta"]
 Rotation = Literal["none", "axis_angle", "euler_xyz", "quaternion_xyzw", "rot6d"]
@@ -57,6 +57,13 @@ class ActionSpec:
             raise TandemError(f"ActionSpec.names must differ from one another, got {self.names}.")
         if not self.rate_hz > 0:
             raise TandemError(f"ActionSpec.rate_hz must be positive, got {self.rate_hz}.")
+        for name, value, valid in (
+            *(("reference", r, get_args(Reference)) for r in self.reference),
+            ("rotation", self.rotation, get_args(Rotation)),
+            ("gripper", self.gripper, get_args(Gripper)),
+        ):
+            if value not in valid:
+                raise TandemError(f"ActionSpec.{name} is {value!r}.{choose_from(value, valid)}")
         for name, low, high in zip(self.names, self.low, self.high, strict=True):
             if not low < high:
                 raise TandemError(f"ActionSpec limits of {name!r}: low {low} is not below high {high}.")
@@ -75,11 +82,14 @@ class ActionSpec:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ActionSpec:
         known = {f.name for f in fields(cls)}
-        if set(data) - known:
+        required = {f.name for f in fields(cls) if f.default is MISSING}
+        if set(data) - known or required - set(data):
             raise TandemError(
-                f"ActionSpec: unknown keys {sorted(set(data) - known)}; valid: {sorted(known)}."
+                f"ActionSpec: unknown keys {sorted(set(data) - known)}, missing keys {sorted(required - set(data))}; "
+                f"valid: {sorted(known)}."
             )
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+        values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+        return cls(**values)
 
 
 def require_same(given: ActionSpec, expected: ActionSpec, what: str) -> None:

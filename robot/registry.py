@@ -1,0 +1,71 @@
+"""The simulated robots there are: their configuration, how one is made, who demonstrates on it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import numpy as np
+
+from robot.robot import SimulatedRobot
+from robot.sims.metaworld import MetaWorld
+from robot.sims.metaworld_experts import Expert, ExpertPolicy
+from vla.types import Policy
+
+
+@dataclass(frozen=True)
+class MetaWorldConfig:
+    kind: Literal["metaworld"]
+    tasks: tuple[str, ...]  # Meta-World names, e.g. "drawer-close-v3"
+    image_size: int  # height and width of the policy camera's pictures, pixels
+    film_size: int  # the same for films
+    step_limit: int  # control steps (1/40 s) an episode may take
+
+
+RobotConfig = MetaWorldConfig
+
+
+class Demonstrator(Protocol):
+    """Someone who can do the robot's tasks."""
+
+    def reset(self) -> None:
+        """Begin an episode."""
+        ...
+
+    def action(self, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(executed, label), each (A,) float32: what to send now, and what would have been right."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    make: Callable[..., Any]  # (config's fields but `kind`, clock=...) -> SimulatedRobot
+    demonstrator: Callable[[Any, float], Demonstrator]  # (robot, noise) -> Demonstrator
+    expert: Callable[[Any], Policy]  # (robot) -> the demonstrator as a policy, without noise
+    licence: str  # of data recorded on it
+
+
+ROBOTS = {
+    "metaworld": Kind(MetaWorld, Expert, ExpertPolicy, "MIT (Meta-World)"),
+}
+
+
+def make_robot(config: RobotConfig, clock: Callable[[], float] = time.monotonic) -> SimulatedRobot:
+    """The robot that `config` describes. `clock` (s) stamps its observations.
+
+    Raises:
+        UsageError: a task or a number that the robot does not accept.
+        MissingDependency: its simulator is not installed.
+    """
+    options = {k: v for k, v in vars(config).items() if k != "kind"}
+    return ROBOTS[config.kind].make(**options, clock=clock)
+
+
+def make_demonstrator(config: RobotConfig, robot: SimulatedRobot, noise: float) -> Demonstrator:
+    """Who shows the tasks of `robot`; `noise` pushes it off the ideal path (see the class)."""
+    return ROBOTS[config.kind].demonstrator(robot, noise)
+
+
+def make_expert(config: RobotConfig, robot: SimulatedRobot) -> Policy:
+    """The demonstrator as a policy, for comparison."""
+    return ROBOTS[config.kind].expert(robot)

@@ -44,14 +44,17 @@ BASE = {"numpy", "yaml", "rich", "scipy", "cv2", "msgpack"}
 ONLY_HERE = {
     "lerobot": {"robot/dataset_writer.py"},  # we read its format ourselves (train/lerobot_folder.py)
     "pyarrow": {"train/lerobot_folder.py", "train/stored_images.py"},  # a data set's tables, its images in them
-    "av": {"robot/film.py", "train/video.py"},  # one writes films, one reads data sets
+    # One writes films, one reads data sets, one silences the encoder that LeRobot drives.
+    "av": {"robot/film.py", "train/video.py", "robot/dataset_writer.py"},
+    # Each resolves a hub id that the user wrote: of a data set, of a backbone.
+    "huggingface_hub": {"train/lerobot_folder.py", "vla/backbone.py"},
     "transformers": {"vla/backbone.py"},
     "tokenizers": {"vla/tokenizer.py"},
     "safetensors": {"vla/checkpoint.py", "train/training_state.py"},  # the policy, the optimizer beside it
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),
     "peft": set(),
-    "metaworld": {"robot/sims/metaworld.py", "robot/sims/metaworld_experts.py"},  # the robot, its experts
+    "metaworld": {"robot/sims/metaworld.py"},
     "mujoco": {"robot/sims/offscreen.py"},
     "gymnasium": set(),
     "matplotlib": set(),

@@ -6,9 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from train.recipe import Language, Recipe, Split, Vector
 from vla.types import ActionSpec
+
+# The time an example takes says more about the machine's load than about the code.
+settings.register_profile("tandem", deadline=None)
+settings.load_profile("tandem")
 
 LENGTHS = (13, 7, 10, 16)  # frames of the episodes of the small data sets
 

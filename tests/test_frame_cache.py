@@ -1,0 +1,156 @@
+"""The decoded-once cache: equal to decoding, bound to the content, bounded in size."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import frame_cache
+from train.dataset import LeRobotSource
+from train.frame_cache import CacheConfig, cached
+from train.recipe import Recipe, Split
+from vla.errors import DataError, TandemError, UsageError
+
+CAMERAS = ["top", "wrist"]
+ONE = 46 * 32 * 32 * 3 / 1e9  # GB of one camera at 32 px
+
+
+@pytest.fixture
+def copied(tmp_path: Path, video_recipe: Recipe) -> Recipe:
+    assert video_recipe.root is not None
+    shutil.copytree(video_recipe.root, tmp_path / "copy")
+    return replace(video_recipe, root=tmp_path / "copy")
+
+
+def folders(config: CacheConfig) -> set[str]:
+    return {p.name for p in config.folder.iterdir() if p.is_dir()}
+
+
+@pytest.mark.parametrize("kind", ["video_recipe", "image_recipe"])
+def test_equals_decoding(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    recipe: Recipe = request.getfixturevalue(kind)
+    source = LeRobotSource(recipe, 4, "train")
+    cameras = [*recipe.cameras, "absent"]
+    mapped = cached(source, cameras, 32, CacheConfig(tmp_path, 1.0))
+    indices = np.random.default_rng(0).integers(0, len(source), 50)
+    a, b = (s.read(indices, cameras, 32) for s in (source, mapped))
+    assert np.array_equal(a.images, b.images)
+    assert np.array_equal(a.actions, b.actions)
+    assert a.images[:, 0].any()
+
+
+def test_is_made_once_and_shared_by_both_splits(
+    video_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, config = replace(video_recipe, split=Split(0.3, 0, (0,))), CacheConfig(tmp_path, 1.0)
+    train = LeRobotSource(recipe, 4, "train")
+    cached(train, CAMERAS, 32, config)
+    monkeypatch.setattr(frame_cache, "_build", lambda *_: pytest.fail("decoded again"))
+    held = LeRobotSource(recipe, 4, "validation")
+    mapped = cached(held, CAMERAS, 32, config)
+    indices = np.arange(len(held))
+    assert np.array_equal(mapped.read(indices, CAMERAS, 32).images, held.read(indices, CAMERAS, 32).images)
+
+
+def test_content_that_changed_is_decoded_anew(copied: Recipe, tmp_path: Path) -> None:
+    config = CacheConfig(tmp_path / "cache", 1.0)
+    cached(LeRobotSource(copied, 4, "train"), CAMERAS, 32, config)
+    before = folders(config)
+    assert copied.root is not None
+    top, wrist = (next((copied.root / "videos" / key).rglob("*.mp4")) for key in copied.cameras.values())
+    top.write_bytes(wrist.read_bytes())
+    source = LeRobotSource(copied, 4, "train")
+    mapped = cached(source, CAMERAS, 32, config)
+    assert len(folders(config) - before) == 2
+    indices = np.arange(len(source))
+    assert np.array_equal(mapped.read(indices, CAMERAS, 32).images, source.read(indices, CAMERAS, 32).images)
+
+
+@pytest.mark.parametrize("damage", ["short", "foreign", "unfinished"])
+def test_a_damaged_cache_is_made_again(video_recipe: Recipe, tmp_path: Path, damage: str) -> None:
+    config, source = CacheConfig(tmp_path, 1.0), LeRobotSource(video_recipe, 4, "train")
+    cached(source, ["top"], 32, config)
+    (folder,) = (p for p in tmp_path.iterdir() if p.is_dir())
+    if damage == "short":
+        (folder / "frames.u8").write_bytes(b"short")
+    elif damage == "foreign":
+        about = json.loads((folder / "about.json").read_text())
+        (folder / "about.json").write_text(json.dumps(about | {"revision": "another"}))
+    else:
+        (folder / "about.json").unlink()
+    (folder / "mark").touch()
+    mapped = cached(source, ["top"], 32, config)
+    assert not (folder / "mark").exists()
+    indices = np.arange(len(source))
+    assert np.array_equal(mapped.read(indices, ["top"], 32).images, source.read(indices, ["top"], 32).images)
+
+
+def test_a_failed_build_leaves_nothing(copied: Recipe, tmp_path: Path) -> None:
+    assert copied.root is not None
+    next((copied.root / "videos/observation.images.wrist").rglob("*.mp4")).write_bytes(b"damaged")
+    config = CacheConfig(tmp_path / "cache", 1.0)
+    with pytest.raises(DataError, match=r"wrist.*mp4"):
+        cached(LeRobotSource(copied, 4, "train"), ["wrist"], 32, config)
+    assert not folders(config)
+
+
+def test_a_budget_that_is_too_small_is_refused_before_anything_is_written(video_recipe: Recipe, tmp_path: Path) -> None:
+    config = CacheConfig(tmp_path / "cache", 1.5 * ONE)
+    with pytest.raises(TandemError, match=r"46 frames of 2 cameras at 32 px .* cache.budget_gb"):
+        cached(LeRobotSource(video_recipe, 4, "train"), CAMERAS, 32, config)
+    assert not config.folder.exists()
+
+
+def test_the_disk_must_have_room(video_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    config = CacheConfig(tmp_path, 1.0)
+    with pytest.raises(TandemError, match=r"0\.00 GB are free"):
+        cached(LeRobotSource(video_recipe, 4, "train"), ["top"], 32, config)
+    assert not folders(config)
+
+
+def test_the_longest_unused_makes_room(video_recipe: Recipe, tmp_path: Path) -> None:
+    source, config = LeRobotSource(video_recipe, 4, "train"), CacheConfig(tmp_path, 2.1 * ONE)
+    names = {}
+    for camera in CAMERAS:
+        before = folders(config)
+        cached(source, [camera], 32, config)
+        (names[camera],) = folders(config) - before
+    cached(source, ["top"], 32, config)  # used again, so the other one is older
+    cached(source, ["top"], 30, config)
+    assert names["top"] in folders(config)
+    assert names["wrist"] not in folders(config)
+    assert len(folders(config)) == 2
+
+
+def test_another_size_is_refused(video_recipe: Recipe, tmp_path: Path) -> None:
+    mapped = cached(LeRobotSource(video_recipe, 4, "train"), ["top"], 32, CacheConfig(tmp_path, 1.0))
+    with pytest.raises(TandemError, match=r"holds pictures of 32 px, but 48 px"):
+        mapped.read(np.arange(2), ["top"], 48)
+
+
+def test_those_who_ask_at_once_wait_for_one_build(
+    video_recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    build = frame_cache._build
+    monkeypatch.setattr(frame_cache, "_build", lambda *a: (built.append(a[1]), build(*a)))
+    sources = [LeRobotSource(video_recipe, 4, "train") for _ in range(3)]
+    threads = [
+        threading.Thread(target=cached, args=(source, CAMERAS, 32, CacheConfig(tmp_path, 1.0))) for source in sources
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(built) == CAMERAS
+
+
+def test_a_budget_must_be_positive(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="positive"):
+        CacheConfig(tmp_path, 0.0)

@@ -1,0 +1,278 @@
+"""Batches: division over ranks and accumulation, purity, prefetching, mixtures."""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import fields, replace
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from train.dataset import LeRobotSource, RawBatch
+from train.loader import Loader, Member
+from train.recipe import Recipe, Vector
+from vla.batch import Batch
+from vla.codec import Codec
+from vla.errors import DataError, SpecMismatch, UsageError
+from vla.policy_config import ExpertConfig, FlowConfig, PolicyConfig, SmolVLMConfig, TinyVLM
+from vla.processor import Processor
+from vla.stats import Moments, Statistics
+from vla.tokenizer import byte_level
+from vla.types import ActionSpec
+
+CONFIG = PolicyConfig(
+    chunk=5,
+    execute=2,
+    state_dim=6,
+    action_dim=4,
+    cameras=("top", "wrist"),
+    image_size=32,
+    max_tokens=12,
+    normalization="mean_std",
+    backbone=SmolVLMConfig("smolvlm", None, TinyVLM(8, 1, 1, 1, 8, 16, 2), None, ()),
+    expert=ExpertConfig(8, 1, 8, ("joint",), "rms", "bidirectional"),
+    head=FlowConfig("flow", "concat", 2, 0.0, 1),
+)
+
+
+def moments(values: np.ndarray) -> Moments:
+    quantiles = np.quantile(values, [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
+    return Moments(len(values), values.mean(0), values.std(0), values.min(0), values.max(0), *quantiles)
+
+
+def processor_for(source: LeRobotSource, config: PolicyConfig = CONFIG) -> Processor:
+    states, actions = (a.astype(np.float64) for a in source.statistics_arrays())
+    recipe = source.recipe
+    statistics = Statistics(recipe.state.spec, recipe.action.spec, moments(states), moments(actions), "test")
+    return Processor(config, byte_level(), Codec(statistics, "mean_std", config.state_dim, config.action_dim))
+
+
+@pytest.fixture
+def members(video_recipe: Recipe, image_recipe: Recipe) -> list[Member]:
+    """Two data sets that share the camera `top`; only the first has `wrist`."""
+    sources = [LeRobotSource(recipe, 5, "train") for recipe in (video_recipe, image_recipe)]
+    return [Member(s, processor_for(s), w) for s, w in zip(sources, (3.0, 1.0), strict=True)]
+
+
+def loader(members: Sequence[Member], **changes: int) -> Loader:
+    given = {"global_batch": 12, "accumulation": 1, "rank": 0, "world_size": 1, "seed": 7, "prefetch": 0}
+    return Loader(members, **(given | changes))
+
+
+def assert_equal(a: Batch, b: Batch) -> None:
+    for f in fields(Batch):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, f.name
+
+
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    return {f.name: v for f in fields(Batch) if isinstance(v := getattr(batch, f.name), Tensor)}
+
+
+def test_a_batch_is_what_the_source_and_the_processor_say(members: list[Member]) -> None:
+    source, processor = members[0].source, members[0].processor
+    (batch,) = loader(members[:1]).micro_batches(3)
+    assert isinstance(source, LeRobotSource)
+    _, frame = loader(members[:1])._sampler.draw(36, 12)
+    raw = source.read(frame, CONFIG.cameras, 32)
+    assert batch.images.dtype == torch.uint8
+    assert np.array_equal(batch.images.numpy(), raw.images)
+    assert batch.image_mask.all()
+    assert np.allclose(batch.actions.numpy()[..., :2], processor.codec.encode_actions(raw.actions)[..., :2])
+    assert not batch.actions[..., 2:].any()
+    assert np.array_equal(processor.codec.decode_actions(batch.actions.numpy()).round(4), raw.actions.round(4))
+    assert np.array_equal(batch.state.numpy(), processor.codec.encode_state(raw.state))
+    assert np.array_equal(batch.valid.numpy(), raw.valid)
+    assert batch.dim_mask.tolist() == [[True, True, False, False]] * 12
+    ids = [t[m].tolist() for t, m in zip(batch.tokens, batch.token_mask, strict=True)]
+    assert ids == [processor.tokenizer.encode(text) for text in raw.instructions]
+    assert len({tuple(i) for i in ids}) == 3
+    assert batch.tokens.dtype == torch.int64
+    assert batch.rows.tolist() == list(range(12))
+    assert (batch.global_size, batch.loss_scale) == (12, 1.0)
+
+
+@pytest.mark.parametrize(("accumulation", "world_size"), [(2, 1), (1, 3), (2, 2), (4, 3)])
+def test_parts_are_the_global_batch(members: list[Member], accumulation: int, world_size: int) -> None:
+    (whole,) = loader(members).micro_batches(5)
+    parts = [
+        batch
+        for rank in range(world_size)
+        for batch in loader(members, accumulation=accumulation, rank=rank, world_size=world_size).micro_batches(5)
+    ]
+    assert len(parts) == accumulation * world_size
+    order = torch.cat([p.rows for p in parts])
+    assert sorted(order.tolist()) == list(range(12))
+    for name, value in tensors(whole).items():
+        assert torch.equal(torch.cat([tensors(p)[name] for p in parts]), value[order]), name
+    assert {(p.global_size, p.noise_seed) for p in parts} == {(12, whole.noise_seed)}
+
+
+@pytest.mark.parametrize(("accumulation", "world_size"), [(1, 1), (2, 1), (3, 2), (12, 1)])
+def test_loss_scale_makes_the_mean_of_means_the_global_mean(
+    members: list[Member], accumulation: int, world_size: int
+) -> None:
+    """Over the entries that count: valid steps of real dimensions."""
+
+    def entries(batch: Batch) -> Tensor:
+        counted = batch.valid[:, :, None] & batch.dim_mask[:, None, :]
+        return batch.actions[counted].double() ** 2
+
+    (whole,) = loader(members).micro_batches(0)
+    assert not whole.valid.all()
+    total = 0.0
+    for rank in range(world_size):
+        ours = loader(members, accumulation=accumulation, rank=rank, world_size=world_size).micro_batches(0)
+        total += sum(b.loss_scale * entries(b).mean().item() for b in ours) / accumulation / world_size
+    assert total == pytest.approx(entries(whole).mean().item(), rel=1e-12)
+
+
+def test_a_step_is_a_pure_function_of_seed_and_step(members: list[Member]) -> None:
+    a, b = loader(members), loader(members)
+    for step in (9, 0, 400, 3):
+        for x, y in zip(a.micro_batches(step), b.micro_batches(step), strict=True):
+            assert_equal(x, y)
+    other = loader(members, seed=8).micro_batches(3)[0]
+    again = a.micro_batches(3)[0]
+    assert other.noise_seed != again.noise_seed
+    assert not torch.equal(other.state, again.state)
+    assert a.micro_batches(4)[0].noise_seed != again.noise_seed
+
+
+@pytest.mark.parametrize(("prefetch", "threads"), [(1, 1), (3, 1), (4, 3)])
+def test_prefetching_changes_nothing(members: list[Member], prefetch: int, threads: int) -> None:
+    ahead = Loader(members, 12, 2, 0, 1, 7, prefetch, threads)
+    plain = loader(members, accumulation=2)
+    with closing(ahead.stream(6)) as a, closing(plain.stream(6)) as b:
+        for step, ((i, x), (j, y)) in enumerate(islice(zip(a, b, strict=True), 7)):
+            assert i == j == 6 + step
+            assert len(x) == len(y) == 2
+            for p, q in zip(x, y, strict=True):
+                assert_equal(p, q)
+    assert plain.waited_s > 0
+
+
+def test_mixture_shares_follow_the_weights(members: list[Member]) -> None:
+    stream = loader(members, global_batch=64)
+    with_wrist = torch.cat([stream.micro_batches(step)[0].image_mask[:, 1] for step in range(12)])
+    assert with_wrist.float().mean().item() == pytest.approx(0.75, abs=0.06)
+
+
+def test_members_without_a_camera_are_masked(members: list[Member]) -> None:
+    (batch,) = loader(members).micro_batches(0)
+    absent = ~batch.image_mask[:, 1]
+    assert absent.any()
+    assert not absent.all()
+    assert not batch.images[absent, 1].any()
+    assert batch.image_mask[:, 0].all()
+
+
+class Slow:
+    """A source that counts its reads, waits and may fail."""
+
+    def __init__(self, source: LeRobotSource, fail_at: int, wait_s: float) -> None:
+        self._source, self._fail_at, self._wait_s = source, fail_at, wait_s
+        self.horizon, self.recipe = source.horizon, source.recipe
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def valid_steps(self, indices: np.ndarray) -> np.ndarray:
+        return self._source.valid_steps(indices)
+
+    def read(self, indices: np.ndarray, cameras: Sequence[str], size: int) -> RawBatch:
+        self.reads += 1
+        time.sleep(self._wait_s)
+        if self.reads == self._fail_at:
+            raise DataError("this row is broken")
+        return self._source.read(indices, cameras, size)
+
+
+@pytest.fixture
+def slow(image_recipe: Recipe) -> Callable[[int, float], tuple[Slow, Member]]:
+    def make(fail_at: int, wait_s: float) -> tuple[Slow, Member]:
+        source = LeRobotSource(image_recipe, 5, "train")
+        made = Slow(source, fail_at, wait_s)
+        return made, Member(made, processor_for(source), 1.0)
+
+    return make
+
+
+def loader_threads() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name.startswith("loader")]
+
+
+def test_an_error_reaches_the_consumer_at_its_step(slow: Callable[[int, float], tuple[Slow, Member]]) -> None:
+    _, member = slow(3, 0.0)
+    stream = loader([member], prefetch=4).stream(0)
+    assert [next(stream)[0], next(stream)[0]] == [0, 1]
+    with pytest.raises(DataError, match="this row is broken"):
+        next(stream)
+    assert not loader_threads()
+
+
+def test_closing_stops_the_threads(slow: Callable[[int, float], tuple[Slow, Member]]) -> None:
+    source, member = slow(-1, 0.02)
+    stream = loader([member], prefetch=50).stream(0)
+    next(stream)
+    assert loader_threads()
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 0.5
+    assert not loader_threads()
+    assert source.reads < 10
+
+
+def test_waiting_is_measured(slow: Callable[[int, float], tuple[Slow, Member]]) -> None:
+    _, member = slow(-1, 0.05)
+    hungry = loader([member], prefetch=1)
+    with closing(hungry.stream(0)) as stream:
+        for _ in islice(stream, 4):
+            pass
+    assert hungry.waited_s > 0.15
+    fed = loader([member], prefetch=3)
+    with closing(fed.stream(0)) as stream:
+        next(stream)
+        first = fed.waited_s
+        for _ in range(3):
+            time.sleep(0.15)
+            next(stream)
+    assert fed.waited_s - first < 0.05
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"global_batch": 10, "accumulation": 3}, "multiple of 3"),
+        ({"global_batch": 12, "accumulation": 5, "world_size": 2}, "multiple of 10"),
+        ({"rank": 2, "world_size": 2}, r"rank must be 0\.\.1"),
+        ({"accumulation": 0}, "evenly"),
+        ({"prefetch": -1}, "prefetch"),
+    ],
+)
+def test_impossible_divisions_are_refused(members: list[Member], changes: dict[str, int], match: str) -> None:
+    with pytest.raises(UsageError, match=match):
+        loader(members, **changes)
+
+
+def test_members_must_fit_the_policy(members: list[Member], video_recipe: Recipe) -> None:
+    with pytest.raises(UsageError, match="at least one data set"):
+        loader([])
+    short = Member(LeRobotSource(video_recipe, 4, "train"), members[0].processor, 1.0)
+    with pytest.raises(UsageError, match="chunks of 4 actions, the policy's chunk is 5"):
+        loader([short])
+    source = LeRobotSource(video_recipe, 5, "train")
+    with pytest.raises(UsageError, match="same policy configuration"):
+        loader([members[0], Member(source, processor_for(source, replace(CONFIG, image_size=48)), 1.0)])
+
+
+def test_numbers_of_another_meaning_are_refused(members: list[Member], video_recipe: Recipe) -> None:
+    spec: ActionSpec = replace(video_recipe.action.spec, reference=("delta", "delta"))
+    foreign = LeRobotSource(replace(video_recipe, action=Vector("action", spec)), 5, "train")
+    with pytest.raises(SpecMismatch, match="reference"):
+        loader([Member(foreign, members[0].processor, 1.0)])

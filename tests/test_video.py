@@ -1,0 +1,185 @@
+"""Decoders: damage, order, processes and threads. That frames are the right ones is in test_dataset.py."""
+
+import copy
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from train.dataset import LeRobotSource
+from train.recipe import Recipe
+from train.video import Decoder, DecoderPool
+from vla.errors import DataError
+
+CAMERAS = ["top", "wrist"]
+
+
+def video_file(recipe: Recipe, camera: str) -> Path:
+    assert recipe.root is not None
+    return next((recipe.root / "videos" / recipe.cameras[camera]).rglob("*.mp4"))
+
+
+def decoded(path: Path) -> list[np.ndarray]:
+    """All frames of a file, read from its beginning to its end."""
+    container = av.open(str(path))
+    frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    container.close()
+    return frames
+
+
+@pytest.fixture
+def copied(tmp_path: Path, video_recipe: Recipe) -> Recipe:
+    assert video_recipe.root is not None
+    shutil.copytree(video_recipe.root, tmp_path / "copy")
+    return replace(video_recipe, root=tmp_path / "copy")
+
+
+@pytest.mark.parametrize("order", ["forward", "backward", "random", "ends"])
+def test_any_order_gives_the_frames_of_a_straight_read(video_recipe: Recipe, order: str) -> None:
+    path = video_file(video_recipe, "wrist")
+    straight = decoded(path)
+    n = len(straight)
+    wanted = {
+        "forward": list(range(n)),
+        "backward": list(range(n))[::-1],
+        "random": np.random.default_rng(0).integers(0, n, 80).tolist(),
+        "ends": [n - 1, 0, n - 1, n - 1, 0, 0, n - 2, n - 1],
+    }[order]
+    decoder = Decoder(path)
+    for i in wanted:
+        assert np.array_equal(decoder.rgb(i / 10), straight[i]), i
+
+
+def test_no_frame_at_a_time_is_refused(video_recipe: Recipe) -> None:
+    decoder = Decoder(video_file(video_recipe, "top"))
+    for time_s in (0.25, 99.0):
+        with pytest.raises(DataError, match="has no frame at"):
+            decoder.rgb(time_s)
+    assert decoder.rgb(0.2).shape == (48, 64, 3)
+
+
+@pytest.mark.parametrize("damage", ["no video at all", "cut in half", "overwritten"])
+def test_a_corrupt_file_is_named(copied: Recipe, damage: str) -> None:
+    path = video_file(copied, "wrist")
+    content = bytearray(path.read_bytes())
+    if damage == "no video at all":
+        content = bytearray(b"no video at all" * 20)
+    elif damage == "cut in half":
+        del content[len(content) // 2 :]
+    else:
+        start = content.index(b"mdat") + 8  # the frames, after the index
+        content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+    source = LeRobotSource(copied, 1, "train")
+    assert source.read(np.arange(len(source)), ["top"], 32).images.any()
+    with pytest.raises(DataError, match=str(path)):
+        source.read(np.arange(len(source)), CAMERAS, 32)
+
+
+def test_repeated_rows_are_decoded_once(video_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = LeRobotSource(video_recipe, 1, "train")
+    calls: list[float] = []
+    rgb = Decoder.rgb
+    monkeypatch.setattr(Decoder, "rgb", lambda self, time_s: calls.append(time_s) or rgb(self, time_s))
+    raw = source.read(np.array([5, 9, 5, 5]), ["top"], 32)
+    assert calls == [0.5, pytest.approx(0.9)]
+    assert np.array_equal(raw.images[0], raw.images[2])
+    assert not np.array_equal(raw.images[0], raw.images[1])
+
+
+def test_a_pool_closes_the_longest_unused(video_recipe: Recipe, tmp_path: Path) -> None:
+    paths = [tmp_path / f"{i}.mp4" for i in range(3)]
+    for path in paths:
+        shutil.copy(video_file(video_recipe, "top"), path)
+    pool = DecoderPool(max_open=2)
+    first, second = pool.get(paths[0]), pool.get(paths[1])
+    assert pool.get(paths[0]) is first
+    pool.get(paths[2])
+    assert pool.get(paths[0]) is first
+    assert pool.get(paths[1]) is not second
+
+
+def test_threads_have_decoders_of_their_own(video_recipe: Recipe) -> None:
+    pool, path = DecoderPool(), video_file(video_recipe, "top")
+    mine, theirs = pool.get(path), []
+    thread = threading.Thread(target=lambda: theirs.append(pool.get(path)))
+    thread.start()
+    thread.join()
+    assert theirs[0] is not mine
+    assert pool.get(path) is mine
+
+
+def test_copies_begin_with_closed_files(video_recipe: Recipe) -> None:
+    pool, path = DecoderPool(max_open=1), video_file(video_recipe, "top")
+    assert copy.copy(pool).get(path) is not pool.get(path)
+
+
+FORK = """
+import os, sys
+import numpy as np
+from train.recipe import load
+from train.dataset import LeRobotSource
+
+source = LeRobotSource(load(sys.argv[1]), 2, "train")
+indices = np.arange(0, len(source), 3)
+before = source.read(indices, ["top", "wrist"], 48)
+children = []
+for _ in range(2):
+    child = os.fork()
+    if child == 0:
+        same = np.array_equal(source.read(indices, ["top", "wrist"], 48).images, before.images)
+        os._exit(0 if same else 1)
+    children.append(child)
+assert np.array_equal(source.read(indices, ["top", "wrist"], 48).images, before.images)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+"""
+
+
+def test_a_forked_child_reads_what_its_parent_has_read(video_recipe: Recipe, tmp_path: Path) -> None:
+    from vla.config import dump
+
+    (tmp_path / "recipe.yaml").write_text(dump(video_recipe))
+    done = subprocess.run(
+        [sys.executable, "-c", FORK, str(tmp_path / "recipe.yaml")],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.stdout.strip() == "[0, 0]", done.stderr
+
+
+def test_a_spawned_child_can_be_given_an_open_source(video_recipe: Recipe) -> None:
+    source = LeRobotSource(video_recipe, 2, "train")
+    here = source.read(np.arange(4), ["top"], 48)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        there = pool.submit(source.read, np.arange(4), ["top"], 48).result(timeout=120)
+    assert np.array_equal(here.images, there.images)
+
+
+def test_decoders_are_keyed_by_process(video_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, path = DecoderPool(), video_file(video_recipe, "top")
+    parents = pool.get(path)
+    pid = os.getpid()
+    monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+    childs = pool.get(path)
+    assert childs is not parents
+
+
+def test_odd_sizes(write_lerobot: Callable[..., Path], recipe_of: Callable[..., Recipe], tmp_path: Path) -> None:
+    """Rows of a decoded frame are padded in memory when the width is no multiple of the decoder's."""
+    root = write_lerobot(tmp_path / "odd", "video", fps=10, cameras={"observation.images.c": (66, 50)})
+    source = LeRobotSource(recipe_of(root, {"c": "observation.images.c"}, 10.0), 1, "train")
+    straight = decoded(video_file(source.recipe, "c"))
+    assert np.array_equal(source.read(np.array([3]), ["c"], 66).images[0, 0, :, 8:58], straight[3])

@@ -10,6 +10,7 @@ import numpy as np
 from robot.robot import SimulatedRobot
 from robot.sims.metaworld import MetaWorld
 from robot.sims.metaworld_experts import Expert, ExpertPolicy
+from robot.sims.point_arm import PointArm, PointDemonstrator, PointExpert
 from vla.types import Policy
 
 
@@ -22,7 +23,15 @@ class MetaWorldConfig:
     step_limit: int  # control steps (1/40 s) an episode may take
 
 
-RobotConfig = MetaWorldConfig
+@dataclass(frozen=True)
+class PointArmConfig:
+    kind: Literal["point_arm"]
+    tasks: tuple[str, ...]  # of "reach-red", "reach-blue"
+    image_size: int  # height and width of the camera's pictures, pixels
+    step_limit: int  # control steps (1/10 s) an episode may take
+
+
+RobotConfig = MetaWorldConfig | PointArmConfig
 
 
 class Demonstrator(Protocol):
@@ -47,6 +56,7 @@ class Kind:
 
 ROBOTS = {
     "metaworld": Kind(MetaWorld, Expert, ExpertPolicy, "MIT (Meta-World)"),
+    "point_arm": Kind(PointArm, PointDemonstrator, PointExpert, "Apache-2.0"),
 }
 
 

@@ -6,7 +6,6 @@ several, on one machine or on many (docs/training.md).
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -14,26 +13,18 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from train.train_config import ComputeConfig
 from vla.errors import UsageError
 
 TEXT_BYTES = 4096
-
-
-@dataclass(frozen=True)
-class ComputeConfig:
-    device: Literal["auto", "cpu", "cuda"]  # auto: a GPU if there is one
-    precision: Literal["fp32", "bf16"]  # bf16: autocast; weights and optimiser stay float32
-    parallel: Literal["ddp", "fsdp2"]  # for several processes: a copy on each, or shards
-
-    def __post_init__(self) -> None:
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise UsageError("compute.device is 'cuda', but torch sees no GPU. Use compute.device=cpu or auto.")
 
 
 class Cluster:
     """This process among those of the run, and what they do together. Made once per process."""
 
     def __init__(self, config: ComputeConfig) -> None:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise UsageError("compute.device is 'cuda', but torch sees no GPU. Use compute.device=cpu or auto.")
         precision = "bf16" if config.precision == "bf16" else "no"
         self._accelerator = Accelerator(cpu=config.device == "cpu", mixed_precision=precision)
         self._config = config

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from train.distributed import Cluster
 from train.metrics import Log
-from train.optim import OptimConfig, ScheduleConfig, learning_rate, set_learning_rate
+from train.optim import learning_rate, set_learning_rate
+from train.train_config import OptimConfig, ScheduleConfig
 from train.training_state import Learner, write_error
 from vla.batch import Batch
 from vla.cli import Interrupted
@@ -161,8 +162,8 @@ class Loop:
         )
         raise TandemError(
             f"Training broke down in step {first + 1}, which is not finite: {names}. {kept}; nothing was written since "
-            "then. Lower optim.lr or optim.clip, lengthen schedule.warmup, or look for broken numbers with: vla-data check "
-            "RECIPE.yaml"
+            "then. Lower optim.lr or optim.clip, lengthen schedule.warmup, or look for broken numbers with: "
+            "vla-data check RECIPE.yaml"
         )
 
     def _report(self, done: int) -> None:

@@ -4,21 +4,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
+from train.train_config import Backend, LogConfig
 from vla.errors import MissingDependency
 from vla.files import append_json_line, read_json_lines, write_text
-
-Backend = Literal["tensorboard", "trackio", "wandb"]
-
-
-@dataclass(frozen=True)
-class LogConfig:
-    every: int  # steps between lines
-    backends: tuple[Backend, ...]  # dashboards besides metrics.jsonl
-    project: str  # name of the project on a dashboard
 
 
 class Dashboard(Protocol):

@@ -3,60 +3,16 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from train.train_config import EmaConfig, OptimConfig, ScheduleConfig
 from vla.batch import Batch
 from vla.errors import UsageError, choose_from
 from vla.losses import LossOut
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """AdamW (Loshchilov and Hutter 2019)."""
-
-    lr: float  # peak learning rate
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float  # of matrices; norms, biases and embeddings are never decayed
-    clip: float  # largest global norm of the gradient
-    lr_scale: dict[str, float]  # part of the policy -> factor on the learning rate; 0 freezes it; absent: 1
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0 or self.clip <= 0:
-            raise UsageError(f"optim.lr and optim.clip must be positive, got {self.lr} and {self.clip}.")
-        if any(v < 0 for v in self.lr_scale.values()):
-            raise UsageError(f"optim.lr_scale must not be negative, got {self.lr_scale}.")
-
-
-@dataclass(frozen=True)
-class ScheduleConfig:
-    """Linear warm-up, then a half cosine from the peak to a floor at the last step."""
-
-    warmup: int  # steps
-    floor: float  # fraction of the peak
-
-    def __post_init__(self) -> None:
-        if self.warmup < 0 or not 0 <= self.floor <= 1:
-            raise UsageError(
-                f"schedule.warmup must be 0 or more and schedule.floor in 0..1, got {self.warmup} and {self.floor}."
-            )
-
-
-@dataclass(frozen=True)
-class EmaConfig:
-    """Exponential moving average of the weights, the weights that a checkpoint's policy carries."""
-
-    decay: float  # largest decay, e.g. 0.99 for a run of 1600 steps, 0.9999 for 100,000
-    power: float  # of the warm-up: decay at step n is min(decay, 1 - (1 + n)^-power); 0.75 suits short runs
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1 or self.power <= 0:
-            raise UsageError(f"ema.decay must be in [0, 1) and ema.power positive, got {self.decay} and {self.power}.")
 
 
 class Trainable(Protocol):

@@ -15,7 +15,8 @@ from torch import Tensor
 from train import training_state
 from train.distributed import Cluster
 from train.loop import Hooks, Loop, LoopConfig
-from train.metrics import Log, LogConfig
+from train.metrics import Log
+from train.train_config import LogConfig
 from train.training_state import Learner, Manifest
 from vla.batch import Batch
 from vla.config import digest

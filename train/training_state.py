@@ -211,12 +211,16 @@ def require_same_run(manifest: Manifest, config: Mapping[str, Any], data: list[d
             f"{output} holds a run of {manifest.step} steps with another configuration:\n" + "\n".join(different) + "\n"
             "Restore these values to continue it, or choose another output folder."
         )
-    for there, here in zip(manifest.data, data, strict=True):
-        if there != here:
-            raise DataError(
-                f"{output} was trained on revision {there['revision']} of {there['recipe']}, which is now at "
-                f"{here['revision']}. Restore the data to continue the run, or choose another output folder."
-            )
+    changed = [
+        f"  {there['recipe']}: {key} {was!r} there, {now!r} now"
+        for there, here in zip(manifest.data, data, strict=True)
+        for key, was, now in differences(there, here)
+    ]
+    if changed:
+        raise DataError(
+            f"{output} was trained on other data:\n" + "\n".join(changed) + "\n"
+            "Restore the data or the recipe to continue the run, or choose another output folder."
+        )
 
 
 def differences(a: Any, b: Any, where: str = "") -> list[tuple[str, Any, Any]]:

@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from train.distributed import Cluster, ComputeConfig
+from train.distributed import Cluster
 from train.loop import LoopConfig
-from train.metrics import LogConfig
-from train.optim import Ema, EmaConfig, OptimConfig, ScheduleConfig, freeze, make_optimizer
+from train.optim import Ema, freeze, make_optimizer
 from train.session import Session, Work, train
+from train.train_config import ComputeConfig, EmaConfig, LogConfig, OptimConfig, ScheduleConfig
 from train.training_state import Learner
 from vla.batch import Batch
 from vla.cli import run

@@ -1,0 +1,90 @@
+"""The data sets of a run: opened once, and checked at the door against one another and the policy."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from train import compute_stats, frame_cache, recipe
+from train.dataset import LeRobotSource
+from train.recipe import Recipe
+from train.train_config import DataConfig
+from vla.cli import require
+from vla.config import digest
+from vla.errors import DataError, UsageError, choose_from
+from vla.policy_config import PolicyConfig
+from vla.stats import Statistics
+from vla.types import require_same
+
+
+@dataclass(frozen=True)
+class Sources:
+    """In the order of the mixture."""
+
+    train: tuple[LeRobotSource, ...]
+    held_out: tuple[LeRobotSource, ...]  # episodes for validation; empty if not asked for
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What must be the same when a run is resumed, and what its log says of the data."""
+        return [
+            {
+                "recipe": source.recipe.name,
+                "revision": source.revision,
+                "meaning": digest([getattr(source.recipe, k) for k in ("cameras", "state", "action", "language")]),
+                "split": digest(source.recipe.split),
+                "episodes": len(source.episodes),
+                "frames": len(source),
+            }
+            for source in self.train
+        ]
+
+    def statistics(self) -> Statistics:
+        """Exact statistics of all training frames; the mixture's weights do not enter."""
+        return compute_stats.compute(self.train)
+
+
+def open_sources(data: DataConfig, policy: PolicyConfig, *, held_out: bool) -> Sources:
+    """Open all data sets of the mixture.
+
+    Raises:
+        UsageError, DataError, SpecMismatch: saying which recipe does not fit, and how.
+    """
+    recipes = [recipe.load(member.recipe) for member in data.mixture]
+    first = recipes[0]
+    for r in recipes:
+        require_same(r.state.spec, first.state.spec, f"states of recipes {r.name!r} and {first.name!r}")
+        require_same(r.action.spec, first.action.spec, f"actions of recipes {r.name!r} and {first.name!r}")
+        _require_fit(r, policy)
+        require(
+            not held_out or r.split.validation_fraction > 0,
+            f"A validation loss is asked for, but recipe {r.name!r} holds no episode out. Set its "
+            "split.validation_fraction, or validation=null.",
+        )
+    train = tuple(_open(r, data, policy, "train") for r in recipes)
+    for source in train:
+        longest = max(episode.length for episode in source.episodes)
+        require(
+            policy.chunk <= longest,
+            f"policy.chunk is {policy.chunk}, but the longest episode of {source.recipe.name!r} has {longest} frames. "
+            "Choose a shorter chunk.",
+        )
+    return Sources(train, tuple(_open(r, data, policy, "validation") for r in recipes) if held_out else ())
+
+
+def _require_fit(r: Recipe, policy: PolicyConfig) -> None:
+    for name, dim, spec in (
+        ("state_dim", policy.state_dim, r.state.spec),
+        ("action_dim", policy.action_dim, r.action.spec),
+    ):
+        if spec.dim > dim:
+            raise UsageError(
+                f"policy.{name} is {dim}, but recipe {r.name!r} has {spec.dim} dimensions {spec.names}. Raise it."
+            )
+    if not set(policy.cameras) & r.cameras.keys():
+        raise DataError(
+            f"Recipe {r.name!r} has none of policy.cameras {list(policy.cameras)}."
+            f"{choose_from(policy.cameras[0], r.cameras)}"
+        )
+
+
+def _open(r: Recipe, data: DataConfig, policy: PolicyConfig, split: Literal["train", "validation"]) -> LeRobotSource:
+    source = LeRobotSource(r, policy.chunk, split)
+    return frame_cache.cached(source, policy.cameras, policy.image_size, data.cache) if data.cache else source

@@ -1,6 +1,7 @@
 """The prefix cache against transformers' own forward pass."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,8 +59,9 @@ def test_keys_and_values_are_those_of_transformers(backbone: SmolVLM) -> None:
     expected = reference(backbone, torch.cat((seen, text), 1) * 32**0.5, cache.valid)
     assert len(cache.keys) == 3
     for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
-        torch.testing.assert_close(keys, expected.layers[i].keys, atol=1e-5, rtol=0)
-        torch.testing.assert_close(values, expected.layers[i].values, atol=1e-5, rtol=0)
+        theirs: Any = expected.layers[i]
+        torch.testing.assert_close(keys, theirs.keys, atol=1e-5, rtol=0)
+        torch.testing.assert_close(values, theirs.values, atol=1e-5, rtol=0)
     assert cache.next_position.tolist() == [8 + 7, 4 + 4, 8 + 2]
 
 

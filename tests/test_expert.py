@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vla.cache import CacheShape, PrefixCache, rope_tables, rotate
-from vla.expert import ActionExpert, Context, JointLayer
+from vla.expert import ActionExpert, Context, CrossLayer, JointLayer
 from vla.heads.base import ExpertCall
+from vla.layers import attend
 from vla.policy_config import ExpertConfig
 
 SHAPE_LAYERS, HEADS, KV_HEADS, DIM, WIDTH = 3, 4, 2, 8, 24
@@ -93,6 +94,25 @@ def test_packed_groups_equal_separate_calls(attention: tuple[str, ...], norm: st
     for g in range(3):
         one = ExpertCall(expert, context, 1, STEPS)(actions[:, g : g + 1], None if cond is None else cond[:, g : g + 1])
         torch.testing.assert_close(packed[:, g], one[:, 0], atol=1e-10, rtol=0)
+
+
+def test_cross_layers_read_projected_keys_with_positions_from_zero() -> None:
+    """SmolVLA's rule: keys and values are projections of the cached ones, queries are numbered from 0."""
+    expert, cache, actions = make(("cross", "joint")), make_cache(), tokens(1)
+    layer = expert.layers[0]
+    assert isinstance(layer, CrossLayer)
+    context = expert.context(cache, fresh(), None)
+    keys, values = layer.context(cache.keys[0], cache.values[0])
+    flat = cache.keys[0].permute(0, 2, 1, 3).reshape(BATCH, PREFIX, KV_HEADS * DIM)
+    torch.testing.assert_close(keys, layer.heads(layer.k_proj(flat)))
+    x = actions[:, 0]
+    normed, _ = layer.input_layernorm(x, None)
+    query = rotate(layer.heads(layer.q_proj(normed)), rope_tables(torch.arange(STEPS).expand(BATCH, -1), DIM, 100.0))
+    mask = cache.valid[:, None, None]
+    x = x + layer.o_proj(attend(query, keys, values, mask))
+    x = x + layer.mlp(layer.post_attention_layernorm(x, None)[0])
+    ours, _, _ = layer(actions[:, 0], None, context.keys[0], context.values[0], expert.layout(context, 1, STEPS))
+    torch.testing.assert_close(ours, x, atol=1e-10, rtol=0)
 
 
 def test_rows_do_not_see_one_another() -> None:

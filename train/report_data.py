@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from robot import results
 from robot.eval_config import WITHOUT_EFFECT
+from vla.config import dump as yaml_text
 from vla.config import read as config_file
 from vla.errors import TandemError, UsageError
 from vla.files import read_json_lines
@@ -28,7 +29,7 @@ class Recording:
     info: Mapping[str, Any]  # meta/info.json
     record: Mapping[str, Any]  # tandem_record.json, {} when absent
     config: str  # the recorder's configuration as YAML, "" when unknown
-    picture: Path | None = None  # PNG made by the inspection
+    picture: Path | None = None  # PNG made by `vla-data inspect`
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Bundle:
     evaluations: tuple[Evaluation, ...] = ()
     state: Mapping[str, Any] = field(default_factory=dict)  # state.json of a quickstart run
 
+    checked: str = ""  # what `vla-data check` printed in a quickstart run
+
     def of(self, role: Role) -> list[Evaluation]:
         return [e for e in self.evaluations if e.role == role]
 
@@ -92,6 +95,7 @@ def read(folders: Sequence[Path]) -> Bundle:
             bundle.trainings + found.trainings,
             bundle.evaluations + found.evaluations,
             bundle.state or found.state,
+            bundle.checked or found.checked,
         )
     return bundle
 
@@ -112,7 +116,8 @@ def _read(folder: Path) -> Bundle:
 
 
 def _quickstart(folder: Path) -> Bundle:
-    bundle = Bundle(state=read_json(folder / STATE))
+    checked = _text(folder / "logs" / "check.log").partition("\n")[2].strip()  # without the command itself
+    bundle = Bundle(state=read_json(folder / STATE), checked=checked)
     for child in sorted(folder.iterdir(), key=lambda p: p.name):
         if child.is_dir() and (child / results.RESULTS).is_file():
             bundle = _replace(bundle, evaluations=(*bundle.evaluations, evaluation(child)))
@@ -129,8 +134,14 @@ def _replace(bundle: Bundle, **changed: Any) -> Bundle:
 
 def recording(folder: Path) -> Recording:
     record = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
-    picture = next((p for p in (folder.parent / "check" / "picture.png", folder / "picture.png") if p.is_file()), None)
-    return Recording(folder, read_json(folder / "meta" / "info.json"), record, _text(folder / "config.yaml"), picture)
+    drawn = folder.parent / "inspect" / "inspect.png"  # beside it in a quickstart run
+    return Recording(
+        folder=folder,
+        info=read_json(folder / "meta" / "info.json"),
+        record=record,
+        config=yaml_text(record["config"]) if "config" in record else "",
+        picture=drawn if drawn.is_file() else None,
+    )
 
 
 def training(folder: Path) -> Training:

@@ -162,10 +162,10 @@ def _panels(run: Training) -> list[Panel]:
 def data_sections(bundle: Bundle) -> Iterator[Section]:
     for number, run in enumerate(bundle.recordings):
         title = "Data" if len(bundle.recordings) == 1 else f"Data: {run.folder.name}"
-        yield Section("data" if number == 0 else f"data-{number + 1}", title, tuple(_data_blocks(run)))
+        yield Section("data" if number == 0 else f"data-{number + 1}", title, tuple(_data_blocks(run, bundle.checked)))
 
 
-def _data_blocks(run: Recording) -> Iterator[Block]:
+def _data_blocks(run: Recording, checked: str) -> Iterator[Block]:
     info = run.info
     facts = [
         ("Episodes", f"{info.get('total_episodes', 0):,}"),
@@ -179,6 +179,8 @@ def _data_blocks(run: Recording) -> Iterator[Block]:
     if tasks:
         columns = (Column("Task"), *(Column(n, "number") for n in ("Attempts", "Failed", "Episodes", "Frames")))
         yield Table("Demonstrations by task", columns, tuple(_task_row(run.record, name) for name in tasks))
+    if checked:
+        yield Fold("What vla-data check found", (Code(checked),))
     if run.picture:
         yield png(
             run.picture, "Sample frames, episode lengths and action histograms of the data set.", "What is in it."

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 300
+MAX_LINES, MAX_TEST_LINES = 300, 450
 
 MAY_IMPORT = {  # package -> the packages of ours it may import, besides itself
     "vla": set(),
@@ -42,7 +42,8 @@ BASE = {"numpy", "yaml", "rich", "scipy", "cv2", "msgpack"}
 # Heavy or fragile dependency -> the only files that may import it, inside functions too.
 # More than one home needs its reason here.
 ONLY_HERE = {
-    "lerobot": {"robot/dataset_writer.py"},  # we read its format ourselves (train/lerobot_folder.py)
+    # Writes data sets, and is what the benchmark compares with. Reading is our own (train/lerobot_folder.py).
+    "lerobot": {"robot/dataset_writer.py", "bench/bench_data.py"},
     "pyarrow": {"train/lerobot_folder.py", "train/stored_images.py"},  # a data set's tables, its images in them
     # One writes films, one reads data sets, one silences the encoder that LeRobot drives.
     "av": {"robot/film.py", "train/video.py", "robot/dataset_writer.py"},
@@ -57,13 +58,13 @@ ONLY_HERE = {
     "metaworld": {"robot/sims/metaworld.py"},
     "mujoco": {"robot/sims/offscreen.py"},
     "gymnasium": set(),
-    "matplotlib": set(),
+    "matplotlib": {"train/inspect_data.py", "train/report_plots.py"},  # a data set's picture, a report's figures
     "jinja2": {"train/report.py"},
     "wandb": {"train/metrics.py"},
     "trackio": {"train/metrics.py"},
-    "tensorboard": {"train/metrics.py"},
+    "tensorboard": set(),  # train/metrics.py goes through torch.utils.tensorboard
     "pandas": set(),
-    "torchcodec": set(),
+    "torchcodec": {"bench/bench_data.py"},  # what LeRobot decodes with
     "rclpy": set(),
     "cyclonedds": set(),
     "pyrealsense2": set(),
@@ -207,12 +208,10 @@ def test_datasets_and_configs_hold_no_code() -> None:
 
 
 def test_files_are_short() -> None:
-    long = {
-        relative(p): count
-        for p in [*FILES, *(ROOT / "tests").rglob("*.py")]
-        if (count := len(p.read_text(encoding="utf-8").splitlines())) > MAX_LINES
-    }
-    assert not long, f"longer than {MAX_LINES} lines: {long}"
+    limits = dict.fromkeys(FILES, MAX_LINES) | dict.fromkeys((ROOT / "tests").rglob("*.py"), MAX_TEST_LINES)
+    lines = {relative(p): len(p.read_text(encoding="utf-8").splitlines()) for p in limits}
+    long = {relative(p): lines[relative(p)] for p, limit in limits.items() if lines[relative(p)] > limit}
+    assert not long, f"longer than {MAX_LINES} lines (tests: {MAX_TEST_LINES}): {long}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=relative)

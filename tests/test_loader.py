@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from train.dataset import LeRobotSource, RawBatch
 from train.loader import Loader, Member
@@ -91,6 +92,7 @@ def test_a_batch_is_what_the_source_and_the_processor_say(members: list[Member])
     ids = [t[m].tolist() for t, m in zip(batch.tokens, batch.token_mask, strict=True)]
     assert ids == [processor.tokenizer.encode(text) for text in raw.instructions]
     assert len({tuple(i) for i in ids}) == 3
+    assert batch.tokens.shape[1] == max(map(len, ids)), "no column is padding alone"
     assert batch.tokens.dtype == torch.int64
     assert batch.rows.tolist() == list(range(12))
     assert (batch.global_size, batch.loss_scale) == (12, 1.0)
@@ -108,7 +110,10 @@ def test_parts_are_the_global_batch(members: list[Member], accumulation: int, wo
     order = torch.cat([p.rows for p in parts])
     assert sorted(order.tolist()) == list(range(12))
     for name, value in tensors(whole).items():
-        assert torch.equal(torch.cat([tensors(p)[name] for p in parts]), value[order]), name
+        pieces = [tensors(p)[name] for p in parts]
+        if name in ("tokens", "token_mask"):  # each part is as wide as its own longest prompt
+            pieces = [pad(p, (0, value.shape[1] - p.shape[1])) for p in pieces]
+        assert torch.equal(torch.cat(pieces), value[order]), name
     assert {(p.global_size, p.noise_seed) for p in parts} == {(12, whole.noise_seed)}
 
 

@@ -147,6 +147,8 @@ class Loader:
         ids = np.unique(member).tolist()
         pieces = [(np.flatnonzero(member == m), _fields(self._members[m], frame[member == m])) for m in ids]
         fields = pieces[0][1] if len(pieces) == 1 else _merge(len(member), pieces)
+        longest = int(fields["token_mask"].sum(axis=1).max())  # prompts are padded on the right
+        fields |= {name: np.ascontiguousarray(fields[name][:, :longest]) for name in ("tokens", "token_mask")}
         return Batch(
             **{name: torch.from_numpy(values) for name, values in fields.items()},
             rows=torch.from_numpy(rows),

@@ -12,13 +12,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from train.report_blocks import Picture
 
@@ -80,7 +80,7 @@ class Panel:
 
     title: str  # what and unit: "Learning rate"
     series: tuple[Series, ...]
-    scale: str = "linear"  # or "log"
+    scale: Literal["linear", "log"] = "linear"
     from_zero: bool = False
 
 
@@ -89,12 +89,12 @@ def curves(panels: Sequence[Panel], alt: str, caption: str, x_label: str) -> Pic
     with mpl.rc_context(STYLE):
         rows = -(-len(panels) // 2)
         figure = Figure(figsize=(8.4, 2.15 * rows), layout="constrained")
-        axes = figure.subplots(rows, 2, squeeze=False).flat
+        axes = list(figure.subplots(rows, 2, squeeze=False).flat)
         for ax, panel in zip(axes, panels, strict=False):
             _draw(ax, panel)
-        for ax in list(axes)[len(panels) :]:
+        for ax in axes[len(panels) :]:
             ax.set_axis_off()
-        for ax in figure.axes[max(0, len(panels) - 2) : len(panels)]:
+        for ax in axes[max(0, len(panels) - 2) : len(panels)]:
             ax.set_xlabel(x_label)
         return Picture(alt=alt, caption=caption, svg=_svg(figure, alt))
 
@@ -105,6 +105,10 @@ def _draw(ax: Axes, panel: Panel) -> None:
         ax.plot(series.x, series.y, color=colour, label=series.label, marker="o" if few else "", markersize=2.5)
     ax.set_title(panel.title)
     ax.set_yscale(panel.scale)
+    if panel.scale == "log":
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        ax.yaxis.set_minor_locator(NullLocator())
+    ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if panel.from_zero:
         ax.set_ylim(bottom=0)

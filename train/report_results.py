@@ -4,6 +4,7 @@ import base64
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from robot.statistics import gained_lost, mcnemar_exact, paired_bootstrap
 from train.report_blocks import Bar, Block, Cell, Column, Film, Films, Section, Table, Text
 from train.report_data import Bundle, Evaluation, different_keys
 from train.report_plots import histogram
-from train.verdict import Count, percent
+from train.verdict import Count
 from vla.types import Result
 
 RATE_COLUMNS = (
@@ -24,12 +25,13 @@ RATE_COLUMNS = (
 FAILURES_SHOWN = 60
 
 
-def bar(count: Count) -> Cell:
+def bar(count: Count, text: Literal["rate", "with counts"] = "rate") -> Cell:
     """A success rate with its Wilson interval."""
     if not count.episodes:
         return "no episode judged"
     low, high = count.interval.low, count.interval.high
-    return Bar(count.rate, low, high, f"{100 * count.rate:.1f} %  [{100 * low:.1f}, {100 * high:.1f}]")
+    begin = f"{100 * count.rate:.1f} %" if text == "rate" else f"{count.successes} / {count.episodes}"
+    return Bar(count.rate, low, high, f"{begin}  [{100 * low:.1f}, {100 * high:.1f}]")
 
 
 def by_task(episodes: Sequence[Result]) -> dict[str, list[Result]]:
@@ -61,7 +63,7 @@ def evaluation_sections(bundle: Bundle) -> Iterator[Section]:
 
 
 def _success_blocks(run: Evaluation) -> Iterator[Block]:
-    yield success_table(run, f"Success by task; {policy_name(run)}")
+    yield success_table(run, "Success by task")
     yield from _errors(run)
     yield from latency_blocks(run)
 
@@ -69,8 +71,9 @@ def _success_blocks(run: Evaluation) -> Iterator[Block]:
 def _about(run: Evaluation) -> Iterator[Block]:
     suites = ", ".join(dict.fromkeys(e.suite for e in run.episodes)) or "no suite"
     seeds = sorted({e.seed for e in run.episodes})
-    span = f", seeds {seeds[0]} to {seeds[-1]}" if seeds else ""
-    yield Text(f"{len(run.episodes)} episodes in {suites}{span}. A rate counts the episodes that have a verdict.")
+    span = f", seeds {seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else ""
+    policies = ", ".join(dict.fromkeys(e.policy for e in run.episodes))
+    yield Text(f"{len(run.episodes)} episodes in {suites}{span}, of the policy {policies}.")
     if not run.summary:
         yield Text("This evaluation has no summary.json: it is unfinished, and the rates are preliminary.", "warning")
 
@@ -106,33 +109,27 @@ def swap_sections(bundle: Bundle) -> Iterator[Section]:
     """The right and the wrong instruction side by side, on the same seeds where there are any."""
     for number, swap in enumerate(bundle.of("swap")):
         right = next((e for e in bundle.of("evaluation") if _same_policy(e, swap)), None)
-        columns = [Column("Scene"), Column("Was told")]
-        columns += [Column("Wrong instruction: success"), Column("Solved", "number")]
-        columns += [Column("Right instruction: success"), Column("Solved", "number")] if right else []
-        rows = [_swap_row(task, told, right) for task, told in by_task(swap.episodes).items()]
-        total = _swap_row("All", swap.episodes, right, by_task(swap.episodes).keys())
+        columns = [Column("Scene"), Column("Was told"), Column("Success with the wrong instruction")]
+        columns += [Column("Success with the right one")] if right else []
+        rows = [_swap_row(task, told, right, {task}) for task, told in by_task(swap.episodes).items()]
+        name, _, *rates = _swap_row("All", swap.episodes, right, {e.task for e in swap.episodes})
         blocks: tuple[Block, ...] = (
             Text(
                 "The same scenes, but the policy hears the instruction of the other task. The scenes look alike, so a "
                 "policy that follows language must fail here: a low rate is the good result."
             ),
-            Table("Success by scene and instruction", tuple(columns), tuple(rows), (total[0], "", *total[2:])),
+            Table("Success by scene and instruction", tuple(columns), tuple(rows), (name, "", *rates)),
             *_errors(swap),
         )
         yield Section("swap" if number == 0 else f"swap-{number + 1}", "Language swap", blocks)
 
 
-def _swap_row(
-    task: str, told: Sequence[Result], right: Evaluation | None, tasks: Sequence[str] | object = None
-) -> tuple[Cell, ...]:
-    wanted = set(tasks) if tasks is not None else {task}  # pyright: ignore[reportArgumentType]
-    wrong = Count.of(told)
+def _swap_row(scene: str, told: Sequence[Result], right: Evaluation | None, tasks: set[str]) -> tuple[Cell, ...]:
     heard = " / ".join(dict.fromkeys(e.instruction for e in told))
-    row: tuple[Cell, ...] = (task, heard, bar(wrong), f"{wrong.successes} / {wrong.episodes}")
+    row = (scene, heard, bar(Count.of(told), "with counts"))
     if right is None:
         return row
-    count = Count.of([e for e in right.episodes if e.task in wanted])
-    return (*row, bar(count), f"{count.successes} / {count.episodes}")
+    return (*row, bar(Count.of([e for e in right.episodes if e.task in tasks]), "with counts"))
 
 
 def _same_policy(a: Evaluation, b: Evaluation) -> bool:
@@ -271,10 +268,6 @@ def _comparison_row(names: str, before: Evaluation, after: Evaluation) -> tuple[
     )
 
 
-def policy_name(run: Evaluation) -> str:
-    return f"policy {run.episodes[0].policy}" if run.episodes else "no episodes"
-
-
 def label(run: Evaluation, bundle: Bundle) -> str:
     """The folder's name, with as many parents as it takes to tell the runs apart."""
     everyone = [e.folder.resolve() for e in bundle.evaluations]
@@ -284,7 +277,3 @@ def label(run: Evaluation, bundle: Bundle) -> str:
         if sum(other.parts[-parts:] == mine.parts[-parts:] for other in everyone) == 1:
             return str(name)
     return str(mine)
-
-
-def summary_rate(count: Count) -> str:
-    return f"{count} ({percent(count.rate)})"

@@ -149,9 +149,10 @@ def _panels(run: Training) -> list[Panel]:
     if run.validations:
         held_out = [v["loss"] for v in run.validations]
         losses.append(Series("validation", [v["step"] for v in run.validations], held_out))
-    positive = all(y > 0 for line in losses for y in line.y)
+    values = [y for line in losses for y in line.y]
+    wide = min(values) > 0 and max(values) > 10 * min(values)
     return [
-        Panel("Loss", tuple(losses), scale="log" if positive else "linear"),
+        Panel("Loss", tuple(losses), scale="log" if wide else "linear"),
         Panel("Learning rate", (series("lr", lambda s: s["lr"]),), from_zero=True),
         Panel("Gradient norm", (series("norm", lambda s: s["grad_norm"]),), from_zero=True),
         Panel("Samples per second", (series("rate", lambda s: s["samples_per_s"]),), from_zero=True),

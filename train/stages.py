@@ -153,10 +153,14 @@ class Chain:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        self._log(stage).unlink(missing_ok=True)
         ledger.forget(stage)
 
+    def _log(self, stage: Stage) -> Path:
+        return self._folder / "logs" / f"{stage.name}.log"
+
     def _run(self, stage: Stage, number: int, ledger: Ledger) -> None:
-        log = self._folder / "logs" / f"{stage.name}.log"
+        log = self._log(stage)
         log.parent.mkdir(exist_ok=True)
         ledger.begin(stage, log)
         self._display.begin(stage, number, log)

@@ -120,8 +120,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
         pass
 
 
-DRIVER = (
-    """
+DRIVER = """
 import sys
 from pathlib import Path
 from vla import cli
@@ -131,11 +130,9 @@ folder, code = Path(sys.argv[1]), sys.argv[2]
 def stage(name, code):
     output = folder / (name + ".out")
     return Stage(name, "why", (sys.executable, "-c", code, str(output)), name, (output,), output.is_file, 1.0)
-stages = [stage("quick", %r), stage("slow", code)]
+stages = [stage("quick", sys.argv[3]), stage("slow", code)]
 sys.exit(cli.run(lambda: Chain(stages, folder, {}, make_display(stages, sys.stderr)).run() and None))
 """
-    % WRITE
-)
 # Sleeps in the first attempt (its pids in a file), with a child process of its own; finishes at once in the second.
 SLOW = """
 import os, sys, subprocess, time, pathlib

@@ -145,7 +145,8 @@ def check_rendering() -> Iterator[Finding]:
     prefix = "" if os.geteuid() == 0 else "sudo "
     if outcome.error:
         text, lost = f"no EGL context: {outcome.error}", "every simulator, vla-quickstart"
-        get = EGL.replace("apt-get", f"{prefix}apt-get")
+        absent = outcome.error.startswith("ModuleNotFoundError")
+        get = f"{UV} sync --inexact --extra metaworld" if absent else EGL.replace("apt-get", f"{prefix}apt-get")
         yield Finding("rendering (EGL)", "broken", text, lost, get, needed=True)
         return
     slow = "llvmpipe" in outcome.text or "softpipe" in outcome.text

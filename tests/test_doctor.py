@@ -41,6 +41,14 @@ def test_crash_of_the_renderer_is_a_finding_not_a_crash(tmp_path: Path) -> None:
     assert "The main job cannot run: rendering (EGL)." in done.stdout
 
 
+def test_a_simulator_that_is_not_installed_is_not_blamed_on_the_graphics(tmp_path: Path) -> None:
+    (tmp_path / "mujoco.py").write_text("import mujoco_is_not_here")
+    (tmp_path / "torch.py").write_text("raise ImportError('slow')")
+    findings = json.loads(run_doctor("--json", path=tmp_path).stdout)["findings"]
+    (rendering,) = [f for f in findings if f["name"] == "rendering (EGL)"]
+    assert rendering["get"].endswith("uv sync --inexact --extra metaworld")
+
+
 @pytest.mark.parametrize(
     ("code", "text", "error"),
     [

@@ -132,6 +132,7 @@ def test_splits_are_by_episode_disjoint_and_complete(video_recipe: Recipe) -> No
     assert np.array_equal(raw.state, states)
     assert np.array_equal(raw.actions[:, 0], actions)
     assert np.array_equal(raw.valid.sum(1), held.valid_steps(np.arange(len(held))))
+    assert raw.instructions == [f"task {e.index % 3}" for e in held.episodes for _ in range(e.length)]
     assert LeRobotSource(recipe, 4, "train").episodes == train.episodes
 
 
@@ -159,6 +160,22 @@ def test_revision_is_of_the_content(broken: Recipe, video_recipe: Recipe) -> Non
     assert changed != revision
     edit_rows(broken.root, "action", lambda a: a.__setitem__((5, 1), 0.25))
     assert LeRobotSource(broken, 1, "train").revision not in (changed, revision)
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_both_ends_of_large_files_enter_the_revision(
+    broken: Recipe, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    monkeypatch.setattr("train.lerobot_folder.HEAD", 64)
+    assert broken.root is not None
+    video = next((broken.root / "videos").rglob("*.mp4"))
+    content = bytearray(video.read_bytes())
+    revisions = []
+    for change in (0, 1):
+        content[place] ^= change
+        video.write_bytes(content)
+        revisions.append(LeRobotSource(broken, 1, "train").revision)
+    assert revisions[0] != revisions[1]
 
 
 def refused(recipe: Recipe, match: str) -> None:
@@ -285,6 +302,8 @@ def test_hub_is_asked_only_where_a_recipe_says_so(
     assert video_recipe.root is not None
     shutil.copytree(video_recipe.root, tmp_path / "some/one")
     assert locate(hub) == tmp_path / "some/one"
+    with pytest.raises(DataError, match="revision abc"):  # whose revision LeRobot's copy has is unknown
+        locate(replace(hub, revision="abc"))
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "datasets").glob("*.yaml")), ids=lambda p: p.stem)

@@ -60,6 +60,31 @@ def test_any_order_gives_the_frames_of_a_straight_read(video_recipe: Recipe, ord
         assert np.array_equal(decoder.rgb(i / 10), straight[i]), i
 
 
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("libx264", {"g": "8", "x264-params": "open-gop=1:bframes=3:scenecut=0:log-level=none"}),
+        ("mpeg4", {"g": "10", "bf": "2"}),
+    ],
+)
+def test_reordered_frames_that_lie_before_their_key_frame(tmp_path: Path, codec: str, options: dict[str, str]) -> None:
+    """A seek may then land on a key frame behind the time asked for."""
+    container = av.open(str(tmp_path / "x.mp4"), "w")
+    stream = container.add_stream(codec, rate=10)
+    assert isinstance(stream, av.VideoStream)
+    stream.width = stream.height = 64
+    stream.pix_fmt, stream.options = "yuv420p", dict[str, object](options)
+    for i in range(60):
+        picture = np.full((64, 64, 3), i * 4, np.uint8)
+        picture[i] = 255
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+    container.mux(stream.encode())
+    container.close()
+    straight, decoder = decoded(tmp_path / "x.mp4"), Decoder(tmp_path / "x.mp4")
+    for i in np.random.default_rng(1).integers(0, len(straight), 100).tolist():
+        assert np.array_equal(decoder.rgb(i / 10), straight[i]), i
+
+
 def test_no_frame_at_a_time_is_refused(video_recipe: Recipe) -> None:
     decoder = Decoder(video_file(video_recipe, "top"))
     for time_s in (0.25, 99.0):

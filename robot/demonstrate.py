@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import signal
 import zlib
 from collections.abc import Iterator, Sequence
@@ -92,6 +93,7 @@ class Recorder:
         noise = self._settings.noise if attempt.noisy else 0.0
         facts = {
             "task": attempt.task,
+            "instruction": episode.instruction,
             "seed": attempt.seed,
             "success": success,
             "noise": noise,
@@ -113,7 +115,9 @@ class Crew:
         self._recorder = Recorder(settings)  # also shows at once what is wrong with the robot
         self._pool = None
         if workers > 1:
-            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_die_with_parent)
+            self._pool = ProcessPoolExecutor(
+                workers, mp_context=get_context("spawn"), initializer=_die_with, initargs=(os.getpid(),)
+            )
 
     def __enter__(self) -> "Crew":
         return self
@@ -138,9 +142,11 @@ class Crew:
             ) from error
 
 
-def _die_with_parent() -> None:
+def _die_with(parent: int) -> None:
     """A worker never outlives a killed parent, and leaves Ctrl-C to it."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above: no signal will come
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 

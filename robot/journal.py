@@ -11,7 +11,8 @@ import io
 import json
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def begin(self, config: Mapping[str, Any]) -> None:
+    @contextmanager
+    def recording(self, config: Mapping[str, Any]) -> Iterator[None]:
         """Take the folder for a recording described by `config`, or continue that recording.
 
         Raises:
@@ -64,20 +66,23 @@ class Journal:
                 somebody is recording into it now.
         """
         require_writable(self.folder)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
-        except OSError as error:
-            raise TandemError(f"Another process is recording into {self.folder}; wait for it, or stop it.") from error
-        opening = self.folder / "config.json"
-        if not opening.exists():
-            write_json(opening, dict(config))
-        begun = json.loads(opening.read_text(encoding="utf-8"))
-        if different := differences(begun, config):
-            raise TandemError(
-                f"{self.folder} holds an unfinished recording that differs in {different}. Give the same "
-                "configuration again to finish it, choose another output folder, or remove it."
-            )
+        with (self.folder / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes when the process goes
+            except OSError as error:
+                raise TandemError(
+                    f"Another process is recording into {self.folder}; wait for it, or stop it."
+                ) from error
+            opening = self.folder / "config.json"
+            if not opening.exists():
+                write_json(opening, dict(config))
+            begun = json.loads(opening.read_text(encoding="utf-8"))
+            if different := differences(begun, config):
+                raise TandemError(
+                    f"{self.folder} holds an unfinished recording that differs in {different}. Give the same "
+                    "configuration again to finish it, choose another output folder, or remove it."
+                )
+            yield
 
     def facts(self, name: str) -> dict[str, Any] | None:
         """What was noted about an attempt; None where it has not been made."""
@@ -91,10 +96,12 @@ class Journal:
         """Note an attempt, with its frames unless they are not wanted."""
         memory = io.BytesIO()
         with zipfile.ZipFile(memory, "w") as archive:  # an .npz, uncompressed, with a page of JSON in it
-            noted = dict(facts) | ({"instruction": episode.instruction} if episode else {})
-            archive.writestr("facts.json", json.dumps(noted))
-            arrays = {} if episode is None else {"state": episode.state, "action": episode.action}
-            arrays |= {} if episode is None else {f"images/{k}": v for k, v in episode.images.items()}
+            archive.writestr("facts.json", json.dumps(dict(facts)))
+            arrays: dict[str, np.ndarray] = {}
+            if episode is not None:
+                archive.writestr("instruction.txt", episode.instruction)
+                arrays = {"state": episode.state, "action": episode.action}
+                arrays |= {f"images/{k}": v for k, v in episode.images.items()}
             for key, array in arrays.items():
                 with archive.open(f"{key}.npy", "w", force_zip64=True) as f:
                     np.lib.format.write_array(f, np.ascontiguousarray(array), allow_pickle=False)
@@ -108,9 +115,9 @@ class Journal:
                 if key.endswith(".npy"):
                     with archive.open(key) as f:
                         arrays[key.removesuffix(".npy")] = np.lib.format.read_array(f, allow_pickle=False)
-            facts = json.loads(archive.read("facts.json"))
+            instruction = archive.read("instruction.txt").decode()
         images = {k.removeprefix("images/"): v for k, v in arrays.items() if k.startswith("images/")}
-        return Episode(images, arrays["state"], arrays["action"], facts["instruction"])
+        return Episode(images, arrays["state"], arrays["action"], instruction)
 
     def remove(self) -> None:
         """Forget everything: the data set is written."""

@@ -11,10 +11,10 @@ training, and `tandem_record.json` with seeds and outcomes. Until then episodes 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from robot import versions
 from robot.dataset_writer import ACTION_KEY, STATE_KEY, EpisodeWriter, Layout, Mode, camera_key, require_lerobot
 from robot.demonstrate import Attempt, Crew, Settings
 from robot.journal import Journal, differences
@@ -69,9 +69,9 @@ def record(config: RecordConfig) -> None:
         return
     require_lerobot()
     try:
-        journal.begin(config.content())
-        facts = _collect(config, journal)
-        _write(config, journal, facts)
+        with journal.recording(config.content()):
+            facts = _collect(config, journal)
+            _write(config, journal, facts)
     except OSError as error:
         raise TandemError(
             f"Recording into {config.output} failed: {error}. What is recorded is kept in {journal.folder}: "
@@ -185,7 +185,7 @@ def _account(config: RecordConfig, facts: list[dict[str, Any]]) -> dict[str, Any
             }
             for task in config.robot.tasks
         },
-        "versions": {name: metadata.version(name) for name in (config.robot.kind, "lerobot", "numpy")},
+        "versions": versions.collect(),
     }
 
 

@@ -146,7 +146,7 @@ time.sleep(60)
 
 @pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_stopped_at_any_moment_it_continues(tmp_path: Path, sign: signal.Signals, code: int) -> None:
-    command = [sys.executable, "-c", DRIVER, str(tmp_path), SLOW]
+    command = [sys.executable, "-c", DRIVER, str(tmp_path), SLOW, WRITE]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     pids = wait_for(tmp_path / "slow.pids").split()
     first.send_signal(sign)

@@ -328,7 +328,14 @@ def test_frame_index_with_a_gap(copy: Recipe) -> None:
     change_rows(copy, "frame_index", lambda v: v[30:36].__iadd__(1))
     finding = only(copy, "error", "frames lost")
     assert (finding.episodes, finding.frame) == ((2,), 6)
-    assert "has frame_index 7 where 6 is expected" in finding.what
+    assert "row 6 of episode 2 says that it is frame 7 of episode 2" in finding.what
+
+
+def test_a_row_of_another_episode(copy: Recipe) -> None:
+    change_rows(copy, "episode_index", lambda v: v.__setitem__(20, 0))
+    finding = only(copy, "error", "frames lost")
+    assert (finding.episodes, finding.frame) == ((1,), 8)
+    assert "row 8 of episode 1 says that it is frame 8 of episode 0" in finding.what
 
 
 def test_rows_that_are_missing(copy: Recipe) -> None:

@@ -41,18 +41,19 @@ def finite_rows(table: RawTable, column: Column) -> np.ndarray:
 
 def finite(table: RawTable) -> Iterator[Finding]:
     for column in columns_of(table):
-        bad = table.kept[~np.isfinite(column.values[table.kept]).all(axis=1)]
-        if len(bad):
-            places = [table.place(int(row)) for row in bad]
-            dims = np.flatnonzero(~np.isfinite(column.values[bad]).all(axis=0))
+        bad = ~np.isfinite(column.values)  # (N, dim)
+        spans = [s for s in table.spans if bad[s.rows].any()]
+        if spans:
+            kept = bad[table.kept]
+            dims = np.flatnonzero(kept.any(axis=0))
             yield Finding(
                 "error",
                 "not finite",
-                f"{len(bad)} frames hold NaN or infinity, in {[column.spec.names[d] for d in dims]}.",
+                f"{kept.any(axis=1).sum()} frames hold NaN or infinity, in {[column.spec.names[d] for d in dims]}.",
                 "One such number makes every weight of the network NaN.",
                 "Repair the data, or list the episodes in the recipe's split.exclude.",
-                tuple(dict.fromkeys(episode for episode, _ in places)),
-                frame=places[0][1],
+                tuple(s.episode for s in spans),
+                frame=int(np.argmax(bad[spans[0].rows].any(axis=1))),
                 column=column.key,
             )
 

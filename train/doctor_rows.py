@@ -88,8 +88,8 @@ def frames(table: RawTable) -> Iterator[Finding]:
         yield Finding(
             "error",
             "frames lost",
-            f"{len(broken)} episodes are not frames 0, 1, 2 ... of themselves; episode {span.episode} has frame_index "
-            f"{steps[span.start + at]} where {at} is expected.",
+            f"{len(broken)} episodes do not consist of their own frames 0, 1, 2 ...; row {at} of episode "
+            f"{span.episode} says that it is frame {steps[span.start + at]} of episode {owner[span.start + at]}.",
             "Pictures and numbers after the gap belong to different moments.",
             EXCLUDE,
             tuple(s.episode for s, _ in broken),

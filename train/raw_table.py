@@ -45,12 +45,12 @@ class RawTable:
     unreadable: dict[str, str]  # column -> why it could not be read
     spans: tuple[Span, ...]
 
-    @property
+    @cached_property
     def state(self) -> np.ndarray | None:
         """(N, S) float64, or None if it cannot be read."""
         return self._vector(self.recipe.state.key)
 
-    @property
+    @cached_property
     def action(self) -> np.ndarray | None:
         """(N, A) float64, or None if it cannot be read."""
         return self._vector(self.recipe.action.key)
@@ -64,13 +64,6 @@ class RawTable:
     def kept(self) -> np.ndarray:
         """(n,) int64, rows of all spans."""
         return np.concatenate([np.arange(s.start, s.stop) for s in self.spans] or [np.arange(0)])
-
-    def place(self, row: int) -> tuple[int, int]:
-        """Episode and frame of a row."""
-        for span in self.spans:
-            if span.start <= row < span.stop:
-                return span.episode, int(row) - span.start
-        raise DataError(f"Row {row} of {self.folder.root} belongs to no episode.")
 
     def text(self, span: Span) -> str:
         """The instruction at an episode's first frame; "" if there is none."""

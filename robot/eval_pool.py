@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -108,6 +109,7 @@ class Pool:
 
     def _start(self) -> _Worker:
         context = multiprocessing.get_context("spawn")
+        resource_tracker.ensure_running()  # it unblocks SIGINT when it starts, so it must not start below
         ours, theirs = context.Pipe()
         process = context.Process(target=self._target, args=(theirs, *self._args), daemon=True)
         with _environment(dict.fromkeys(THREAD_VARIABLES, str(self._threads))), _interrupts_blocked():

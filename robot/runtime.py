@@ -109,9 +109,9 @@ def run_episode(
         robot_failed = True
     return Episode(
         instruction=log.instruction,
-        success=log.success and error is None,
+        success=log.success,
         steps=len(log.commands),
-        first_success_step=log.first_success_step if error is None else None,
+        first_success_step=log.first_success_step,
         commands=tuple(log.commands),
         latency_ms=tuple(log.latency_ms),
         overruns=log.overruns,
@@ -139,8 +139,9 @@ def _drive(
                 chunk = _ask(robot, policy, clock, log)
                 _hold_missed(robot, rate, log)
                 plan = chunks.insert(plan, chunk, rate.tick_s)  # the arm held: row 0 is due now
-            if not _ended(robot, log):
-                _send(robot, chunks.action_at(plan, rate.tick_s), log)
+            if _ended(robot, log):
+                return
+            _send(robot, chunks.action_at(plan, rate.tick_s), log)
             rate.wait()
             _hold_missed(robot, rate, log)
             plan = chunks.expire(plan, rate.tick_s)

@@ -52,8 +52,9 @@ def test_another_program_reads_it(tmp_path: Path) -> None:
 
 
 def test_a_failed_film_leaves_nothing_behind(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (100, 64, 64, 3), np.uint8)  # enough to reach the disk
     with pytest.raises(TandemError, match="one size"):
-        film.write(tmp_path / "a.mp4", [*frames(2), *frames(1, width=80)], 10.0)
+        film.write(tmp_path / "a.mp4", [*noise, *frames(1, width=80)], 10.0)
     with pytest.raises(TandemError, match="at least one"):
         film.write(tmp_path / "a.mp4", [], 10.0)
     with pytest.raises(TandemError, match="uint8"):

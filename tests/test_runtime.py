@@ -184,6 +184,25 @@ def test_a_robot_that_breaks_costs_the_episode() -> None:
     assert (done.robot_failed, done.steps, done.success) == (True, 2, False)
 
 
+def test_a_robot_that_breaks_after_its_success_gives_no_verdict() -> None:
+    clock = LockstepClock()
+
+    class Breaking(WatchedArm):
+        def command(self, action: np.ndarray) -> np.ndarray:
+            sent = super().command(action)
+            if self.success():  # so late that ticks are missed, through which it is to hold
+                clock.sleep_until(clock.now() + 0.35)
+            return sent
+
+        def hold(self) -> None:
+            if self.success():
+                raise OSError("bus error")
+
+    done = episode(Breaking(), Wrapped(lambda c: c), clock=clock)
+    assert done.error == "robot: OSError: bus error"
+    assert (done.success, done.first_success_step) == (False, None)
+
+
 def test_an_interruption_is_not_swallowed() -> None:
     def interrupt(chunk: ActionChunk) -> ActionChunk:
         raise Interrupted("SIGINT")

@@ -1,7 +1,5 @@
 """Each test breaks a clean data set in one way and expects the doctor to say that, and nothing else."""
 
-import io
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,9 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
-from train import doctor_data, findings
+from train import doctor_data
 from train.findings import Finding
 from train.recipe import Language, Recipe, Split, Vector
 from vla.images import resize_with_pad
@@ -478,29 +475,3 @@ def test_several_faults_at_once_are_all_reported(copy: Recipe) -> None:
     change_rows(copy, "timestamp", lambda v: v[15:24].__iadd__(0.7))
     recipe = replace(copy, cameras={"front": FRONT, "wrist": "nothing"})
     assert {c for s, c in verdicts(recipe) if s == "error"} == {"not finite", "timestamps", "missing camera"}
-
-
-def test_findings_for_people() -> None:
-    out = Console(file=io.StringIO(), width=200)
-    listed = [
-        Finding("info", "b", "w", "y", "d"),
-        Finding("error", "a", "w [red]", "y", "d", tuple(range(20)), 3, "action 'x'"),
-    ]
-    findings.show(listed, out)
-    text = out.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
-    assert text.index("error   a: action 'x', episodes 0, 1, 2, 3, 4, 5, 6, 7 and 12 more, first at frame 3") < (
-        text.index("info    b: the whole data set")
-    )
-    assert "found:   w [red]" in text  # shown as written, not taken for a style
-    assert text.endswith("1 error, 0 warnings, 1 info\n")
-
-
-def test_findings_for_programs() -> None:
-    listed = [Finding("info", "b", "w", "y", "d"), Finding("error", "a", "w", "y", "d", (1,), 3, "c")]
-    data = json.loads(json.dumps(findings.to_json("mine", listed)))
-    assert (data["version"], data["recipe"]) == (1, "mine")
-    assert data["findings"][0] == {
-        "severity": "error", "check": "a", "what": "w", "why": "y", "todo": "d", "episodes": [1], "frame": 3,
-        "column": "c",
-    }  # fmt: skip
-    assert data["findings"][1]["severity"] == "info"

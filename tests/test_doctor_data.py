@@ -1,5 +1,7 @@
 """Each test breaks a clean data set in one way and expects the doctor to say that, and nothing else."""
 
+import io
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace

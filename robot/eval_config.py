@@ -18,7 +18,7 @@ WITHOUT_EFFECT = ("output", "workers", "films", "timeout_s", "episodes")  # on t
 class PolicySource:
     path: str  # checkpoint folder, a training run's checkpoints/last, 'expert', 'zeros' or module:function
     device: str  # "cpu", "cuda", "cuda:1"
-    settings: dict[str, Any]  # decode settings that replace the checkpoint's own, e.g. execute, head.noise_scale
+    settings: dict[str, Any]  # decode settings that replace a checkpoint's own, e.g. execute, head.noise_scale
 
 
 @dataclass(frozen=True)

@@ -64,16 +64,15 @@ def make_policy(
     """The policy that `path` names, for `robot`, which was made from `config`.
 
     Args:
-        settings: what replaces the checkpoint's own decode settings, nested or dotted.
+        settings: what replaces a checkpoint's own decode settings, nested or dotted; handed to a function, and
+            without meaning for 'expert' and 'zeros', which have none.
 
     Raises:
-        UsageError: no such policy, or settings for one that has none.
+        UsageError: no such policy.
         CheckpointError, MissingDependency: as `vla.load.load_policy`.
     """
     flat = flatten(settings)
     if path in ("expert", "zeros"):
-        if flat:
-            raise UsageError(f"policy.settings: {sorted(flat)} given, but policy {path!r} has no settings.")
         if path == "zeros":
             return Zeros(robot.action_spec, robot.state_spec)
         return make_expert(config, robot)

@@ -154,7 +154,6 @@ def test_a_folder_of_another_evaluation_is_refused(point: Path, capsys: pytest.C
         ("instructions={reach-green: go}", "instructions are given for 'reach-green'"),
         ("clock=realtim", "Did you mean 'realtime'"),
         ("episodes=0", "episodes must be at least 1"),
-        ("policy.settings={execute: 4}", "policy 'expert' has no settings"),
         ("policy.path=outputs/nowhere", "No such policy: outputs/nowhere"),
         ("robot.kind=metaword", "Did you mean 'metaworld'"),
         ("output=/proc/nowhere", "Cannot write to /proc/nowhere"),
@@ -197,3 +196,14 @@ def test_help_explains_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("vla-eval configs/eval_metaworld.yaml", "first_seed", "failures", "instructions"):
         assert word in text
+
+
+@pytest.mark.sim
+@pytest.mark.slow
+def test_the_shipped_configuration_runs_on_its_simulator(tmp_path: Path) -> None:
+    shipped = ["policy.path=expert", "episodes=1", "robot.tasks=[faucet-open-v3]", "films={failures: 0, successes: 1}"]
+    assert evaluation.main([str(CONFIGS / "eval_metaworld.yaml"), *shipped, f"output={tmp_path}"]) == 0
+    (row,) = results.read(tmp_path)
+    assert row.success
+    assert row.versions["gl"]
+    assert (tmp_path / (row.video or "")).stat().st_size > 10_000

@@ -39,9 +39,8 @@ def test_a_missing_checkpoint_is_named() -> None:
         fingerprint("outputs/nowhere")
 
 
-def test_settings_of_a_policy_without_settings_are_refused() -> None:
-    with pytest.raises(UsageError, match="execute"):
-        policy("expert", {"execute": 4})
+def test_a_configuration_with_settings_serves_the_expert_too() -> None:
+    assert isinstance(policy("expert", {"execute": 4}), PointExpert)
 
 
 def test_settings_are_flattened() -> None:

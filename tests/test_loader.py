@@ -240,14 +240,21 @@ def test_waiting_is_measured(slow: Callable[[int, float], tuple[Slow, Member]]) 
         for _ in islice(stream, 4):
             pass
     assert hungry.waited_s > 0.15
-    fed = loader([member], prefetch=3)
+
+
+@pytest.mark.parametrize("prefetch", [1, 3])
+def test_steps_are_prepared_while_the_consumer_works(
+    slow: Callable[[int, float], tuple[Slow, Member]], prefetch: int
+) -> None:
+    _, member = slow(-1, 0.1)
+    fed = loader([member], prefetch=prefetch)
     with closing(fed.stream(0)) as stream:
         next(stream)
         first = fed.waited_s
         for _ in range(3):
-            time.sleep(0.15)
+            time.sleep(0.3)
             next(stream)
-    assert fed.waited_s - first < 0.05
+    assert fed.waited_s - first < 0.15
 
 
 @pytest.mark.parametrize(

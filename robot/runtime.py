@@ -23,7 +23,6 @@ import numpy as np
 from robot import chunks, safety
 from robot.clock import Clock, Rate
 from robot.robot import Robot, SimulatedRobot
-from vla.cli import Interrupted
 from vla.errors import TandemError
 from vla.types import ActionChunk, Decision, Policy, require_same
 
@@ -100,8 +99,6 @@ def run_episode(
     error, trace, robot_failed = None, None, False
     try:
         _drive(robot, policy, clock, log, (task, seed, instruction))
-    except Interrupted:
-        raise
     except _Refused as refused:
         error, trace = f"policy: {refused}", traceback.format_exc()
     except Exception as failure:  # noqa: BLE001 (the runtime's edge: a robot's failure costs one episode)
@@ -201,8 +198,6 @@ def _send(robot: Robot, action: np.ndarray | None, log: _Log) -> None:
 def _guard(call: Callable[[], T]) -> T:  # noqa: UP047 (Python 3.10 has no other form)
     try:
         return call()
-    except Interrupted:
-        raise
     except Exception as failure:
         raise _Refused(_describe(failure)) from failure
 

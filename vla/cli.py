@@ -28,8 +28,11 @@ ADVICE = {
 }
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived; raised in the main thread so that `finally` blocks run."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM arrived; raised in the main thread so that `finally` blocks run.
+
+    Like KeyboardInterrupt no `Exception`: a place that survives failures must not survive this.
+    """
 
 
 def run(command: Callable[[], int | None]) -> int:

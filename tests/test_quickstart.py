@@ -69,6 +69,7 @@ def test_stages_hand_on_what_they_made(make_plan: Callable[..., dict[str, Stage]
     assert isinstance(record, RecordConfig)
     assert isinstance(train, TrainConfig)
     assert isinstance(evaluation, EvalConfig)
+    assert (train.steps, record.episodes_per_task, evaluation.episodes) == (6, 2, 1)
     assert train.data.mixture[0].recipe == record.output / "recipe.yaml"
     assert Path(evaluation.policy.path) == train.output / "checkpoints" / "last"
     seeds = range(record.first_seed, record.first_seed + 10 * record.episodes_per_task)

@@ -211,6 +211,8 @@ def test_tail_shows_the_newest_of_a_progress_bar(tmp_path: Path) -> None:
     log.write_bytes(b"$ the command\n" + b"x" * 20000 + b"\none\n10%\r20%\r30%\n\n\xff\n")
     assert tail(log, 2) == "30%\n\N{REPLACEMENT CHARACTER}"
     assert tail(tmp_path / "absent", 2) == ""
+    log.write_text("$ the command\n")
+    assert tail(log, 2) == ""
 
 
 def test_plain_lines_say_what_and_why(tmp_path: Path) -> None:

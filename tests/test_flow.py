@@ -7,7 +7,7 @@ from torch import Tensor
 from vla.cache import CacheShape, PrefixCache
 from vla.expert import ActionExpert, Context
 from vla.heads.base import Draws, ExpertCall, Target
-from vla.heads.flow import FlowHead, draw_time, euler_times, interpolate
+from vla.heads.flow import FlowHead, interpolate, pi0_time
 from vla.policy_config import ExpertConfig, FlowConfig
 
 WIDTH, STEPS, DIMS = 16, 5, 3
@@ -60,7 +60,7 @@ def test_interpolation_is_noise_at_one_and_data_at_zero() -> None:
 
 def test_time_law() -> None:
     """E[Beta(1.5, 1)] = 0.6 and P(t < 0.2) = 0.2^1.5 = 0.0894, both through 0.999 t + 0.001."""
-    time = draw_time((200_000,), torch.Generator().manual_seed(0))
+    time = pi0_time(torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
     assert float(time.mean()) == pytest.approx(0.6004, abs=0.002)
     assert float((time < 0.2).float().mean()) == pytest.approx(0.0889, abs=0.002)
     assert float(time.min()) >= 0.001
@@ -72,8 +72,8 @@ class ExactField(FlowHead):
 
     goal: Tensor
 
-    def predict(self, state: Tensor, time: Tensor, run: ExpertCall) -> Tensor:
-        return (state - self.goal) / time[..., None]
+    def velocity(self, noisy: Tensor, time: Tensor, call: ExpertCall) -> Tensor:
+        return (noisy - self.goal) / time[..., None]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 10])
@@ -85,10 +85,6 @@ def test_sampling_follows_the_field_to_the_data(steps: int) -> None:
     call = ExpertCall(expert, ctx, 2, STEPS)
     out = exact.sample(call, (4, 2, STEPS, DIMS), torch.Generator().manual_seed(0))
     torch.testing.assert_close(out, exact.goal, atol=1e-5, rtol=0)
-
-
-def test_euler_grid() -> None:
-    assert euler_times(4, torch.device("cpu")).tolist() == [1.0, 0.75, 0.5, 0.25, 0.0]
 
 
 def test_noise_scale_zero_starts_at_the_mean() -> None:
@@ -103,8 +99,8 @@ def test_loss_ignores_padding(time: str) -> None:
     predicted: list[Tensor] = []
 
     class Recorder(FlowHead):
-        def predict(self, state: Tensor, time: Tensor, run: ExpertCall) -> Tensor:
-            out = FlowHead.predict(self, state, time, run)
+        def velocity(self, noisy: Tensor, time: Tensor, call: ExpertCall) -> Tensor:
+            out = FlowHead.velocity(self, noisy, time, call)
             out.retain_grad()
             predicted.append(out)
             return out
@@ -143,9 +139,9 @@ def test_per_token_time_reaches_its_token() -> None:
         call = ExpertCall(expert, ctx, 1, STEPS)
         x = torch.randn(4, 1, STEPS, DIMS)
         t = torch.full((4, 1, STEPS), 0.5)
-        before = head.predict(x, t, call)
+        before = head.velocity(x, t, call)
         t[..., 2] = 0.0
-        changed = (head.predict(x, t, call) - before).abs().amax(dim=(0, 1, 3))
+        changed = (head.velocity(x, t, call) - before).abs().amax(dim=(0, 1, 3))
         assert changed[2] > 1e-4
 
 

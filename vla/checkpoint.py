@@ -52,8 +52,8 @@ def load(folder: Path | str, device: str = "cpu", settings: Mapping[str, Any] | 
     """Read a policy.
 
     Args:
-        settings: decode settings that replace the saved ones, as dotted keys: "execute", "head.steps",
-            "head.noise_scale". Nothing that would change what the weights mean.
+        settings: decode settings that replace the saved ones, as dotted keys: "execute" and those of the
+            head, e.g. "head.steps". Nothing that would change what the weights mean.
 
     Raises:
         CheckpointError: a file is missing or damaged, or weights and configuration do not fit.
@@ -103,11 +103,11 @@ def _require_complete(folder: Path) -> None:
 
 
 def _configured(folder: Path, settings: Mapping[str, Any]) -> PolicyConfig:
-    allowed = {"execute", "head.steps", "head.noise_scale"}
     try:
         saved = config.load(PolicyConfig, folder / "config.yaml")
     except TandemError as error:
         raise CheckpointError(f"{folder / 'config.yaml'} is damaged or of another release: {error}") from error
+    allowed = {"execute", *(f"head.{name}" for name in saved.head.DECODE)}
     unknown = sorted(set(settings) - allowed)
     if unknown:
         raise CheckpointError(f"Settings {unknown} cannot be changed after training. Valid: {sorted(allowed)}.")

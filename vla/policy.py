@@ -19,16 +19,38 @@ from vla.backbone import SmolVLM, new_backbone
 from vla.batch import Batch
 from vla.cache import PrefixCache
 from vla.codec import Codec
+from vla.errors import UsageError
 from vla.expert import ActionExpert, Context
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target
+from vla.heads.discrete_diffusion import DiscreteDiffusionHead
+from vla.heads.e0 import E0Head
 from vla.heads.flow import FlowHead
+from vla.heads.regression import RegressionHead
 from vla.losses import LossOut
-from vla.policy_config import FlowConfig, PolicyConfig
+from vla.policy_config import DiscreteDiffusionConfig, E0Config, FlowConfig, PolicyConfig, RegressionConfig
 from vla.processor import Processor
 from vla.stats import Statistics
 from vla.types import ActionChunk, ActionSpec, Observation
 
-HEADS = {FlowConfig: FlowHead}
+
+def make_head(config: PolicyConfig, real_dim: int) -> ActionHead:
+    """The head that `config.head` names, for actions of `real_dim` dimensions padded to `config.action_dim`.
+
+    Raises:
+        UsageError: the head's settings name a dimension that the actions do not have.
+    """
+    head, padded, width = config.head, config.action_dim, config.expert.width
+    match head:
+        case FlowConfig():
+            return FlowHead(head, padded, width)
+        case RegressionConfig():
+            return RegressionHead(head, padded, width)
+        case DiscreteDiffusionConfig():
+            if any(not 0 <= d < real_dim for d in head.binary_dims):
+                raise UsageError(f"policy.head.binary_dims is {head.binary_dims}; the actions have 0..{real_dim - 1}.")
+            return DiscreteDiffusionHead(head, real_dim, padded, width)
+        case E0Config():
+            return E0Head(head, real_dim, padded, width)
 
 
 class VLAPolicy(nn.Module):
@@ -40,7 +62,7 @@ class VLAPolicy(nn.Module):
         self.backbone = backbone
         self.expert = ActionExpert(config.expert, backbone.shape)
         self.state_proj = nn.Linear(config.state_dim, config.expert.width)
-        self.head: ActionHead = HEADS[type(config.head)](config.head, config.action_dim, config.expert.width)
+        self.head = make_head(config, processor.codec.action_spec.dim)
         for name in config.backbone.freeze:
             backbone.parts()[name].requires_grad_(requires_grad=False)
         self._generator = torch.Generator()
@@ -115,7 +137,7 @@ class VLAPolicy(nn.Module):
         From the same generator state the first m of n samples are the m samples of a call with n = m.
         """
         context = self.context(cache, state)
-        call = ExpertCall(self.expert, context, n, self.config.chunk)
+        call = ExpertCall(self.expert, context, n, self.head.token_count(self.config.chunk))
         return self.head.sample(call, (cache.batch, n, self.config.chunk, self.config.action_dim), generator)
 
     @torch.no_grad()

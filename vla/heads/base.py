@@ -9,7 +9,6 @@ Axes: B batch, G groups (draws or samples sharing one prefix), H steps, A action
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,35 @@ class Draws:
     def generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self.seed)
 
+    def normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """(B, *shape) standard normal draws of these rows, on the CPU."""
+        return torch.randn((self.global_size, *shape), generator=generator)[self.rows.cpu()]
+
+    def uniform(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """(B, *shape) draws from [0, 1) of these rows, on the CPU."""
+        return torch.rand((self.global_size, *shape), generator=generator)[self.rows.cpu()]
+
+
+def grouped_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(B, G, ...) standard normal draws, group by group: the first of n samples is the one sample of n = 1."""
+    batch, groups, *rest = shape
+    return torch.stack([torch.randn((batch, *rest), generator=generator) for _ in range(groups)], dim=1)
+
+
+def grouped_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """As `grouped_normal`, from [0, 1)."""
+    batch, groups, *rest = shape
+    return torch.stack([torch.rand((batch, *rest), generator=generator) for _ in range(groups)], dim=1)
+
 
 class ActionHead(ABC, nn.Module):
+    """Primitives of training and sampling; a state is whatever the head denoises (actions, token ids, ...)."""
+
     steps: int  # sampler steps
+
+    @abstractmethod
+    def token_count(self, chunk: int) -> int:
+        """Action tokens of one chunk of `chunk` steps."""
 
     @abstractmethod
     def fresh_condition(self, fresh: Tensor) -> Tensor | None:
@@ -58,16 +83,12 @@ class ActionHead(ABC, nn.Module):
         """The state that sampling starts from, for chunks of `shape` (B, G, H, A)."""
 
     @abstractmethod
-    def times(self, device: torch.device) -> Tensor:
-        """(steps + 1,) diffusion times from noise to data, computed once a call."""
+    def predict(self, state: Tensor, index: int, call: "ExpertCall") -> Tensor:
+        """What the network says of `state` in sampler step `index`, counted from 0."""
 
     @abstractmethod
-    def predict(self, state: Tensor, time: Tensor, run: "ExpertCall") -> Tensor:
-        """What the network says of `state` (B, G, H, ...) at per-token times (B, G, H)."""
-
-    @abstractmethod
-    def advance(self, state: Tensor, out: Tensor, time: Tensor, next_time: Tensor) -> Tensor:
-        """`state` one sampler step closer to data; `time` and `next_time` are scalars."""
+    def advance(self, state: Tensor, out: Tensor, index: int, generator: torch.Generator) -> Tensor:
+        """`state` after sampler step `index`."""
 
     @abstractmethod
     def decode(self, state: Tensor) -> Tensor:
@@ -75,11 +96,9 @@ class ActionHead(ABC, nn.Module):
 
     def sample(self, call: "ExpertCall", shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
         """Draw chunks (B, G, H, A) in model units: init, then `steps` times predict and advance, then decode."""
-        device = call.context.valid.device
-        state, times = self.init(shape, generator, device), self.times(device)
-        for now, then in pairwise(times):
-            out = self.predict(state, now.expand(shape[:3]), call)
-            state = self.advance(state, out, now, then)
+        state = self.init(shape, generator, call.context.valid.device)
+        for index in range(self.steps):
+            state = self.advance(state, self.predict(state, index, call), index, generator)
         return self.decode(state)
 
 

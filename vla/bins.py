@@ -1,0 +1,38 @@
+"""Actions in model units <-> bins: the tokens of the discrete heads.
+
+With normalisation 'quantile' the data's 1 % and 99 % quantiles are -1 and 1; K equal bins lie between them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Bins:
+    """K bins on [-1, 1] for each dimension; dimensions in `binary` have two values, the ends.
+
+    Args:
+        count: K.
+        dims: number of dimensions D.
+        binary: dimensions that are low or high and nothing between, such as a gripper command.
+    """
+
+    def __init__(self, count: int, dims: int, binary: Sequence[int] = ()) -> None:
+        self.count, self.binary = count, torch.zeros(dims, dtype=torch.bool)
+        self.binary[list(binary)] = True
+
+    def encode(self, actions: Tensor) -> Tensor:
+        """(..., D) -> (..., D) int64 in 0..K-1; what lies outside [-1, 1] goes to the outermost bin."""
+        ids = ((actions + 1) / 2 * self.count).floor().long().clamp(0, self.count - 1)
+        return torch.where(self.binary.to(actions.device), (actions > 0).long(), ids)
+
+    def decode(self, ids: Tensor) -> Tensor:
+        """(..., D) int64 -> bin centres (..., D) float32: off by half a bin at most, without bias."""
+        centres = (2 * ids.float() + 1) / self.count - 1
+        return torch.where(self.binary.to(ids.device), 2.0 * ids - 1, centres)
+
+    def allowed(self) -> Tensor:
+        """(D, K) bool, the bins a dimension may take."""
+        ids = torch.arange(self.count)
+        return torch.where(self.binary[:, None], ids < 2, ids >= 0)

@@ -373,6 +373,12 @@ def test_figures_take_their_colours_from_the_page() -> None:
     assert not set(page.ids) & set(Page(other.svg).ids)  # both stand in one page
 
 
+def test_figures_keep_the_digits_of_their_numbers() -> None:
+    line = Series("lr", [0, 100], [0.0, 0.0012])
+    words = Page(curves([Panel("Rate", (line,), from_zero=True)], "a", "c", "step").svg).text.split()
+    assert "0.0005" in words
+
+
 def test_for_page_keeps_references_together() -> None:
     inside = '<g id="unused"/><path id="m1"/><use xlink:href="#m1" clip-path="url(#m1)"/>'
     svg = f'<?xml?>\n<svg viewBox="0 0 1 1">{inside}</svg>'

@@ -155,7 +155,7 @@ def for_page(svg: str, alt: str, prefix: str) -> str:
         svg = svg.replace(placeholder, variable)
     svg = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", svg, flags=re.DOTALL)  # would style the whole page
     svg = re.sub(r"; font-family: [^;\"]+", "", svg)
-    svg = re.sub(r"(\d\.\d\d)\d+", r"\1", svg)  # a hundredth of a point is enough
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), svg)  # coordinates, never text
     size = re.findall(r'viewBox="([^"]+)"', svg)[0]
     head = f'<svg viewBox="{size}" role="img" aria-label="{html.escape(alt)}">'
     svg = head + svg[svg.index(">") + 1 :]

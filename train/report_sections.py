@@ -184,7 +184,9 @@ def _data_blocks(run: Recording, checked: str) -> Iterator[Block]:
         yield Fold("What vla-data check found", (Code(checked),))
     if run.picture:
         yield png(
-            run.picture, "Sample frames, episode lengths and action histograms of the data set.", "What is in it."
+            run.picture,
+            "Sample frames, episode lengths and action histograms of the data set.",
+            "What is in the data set.",
         )
 
 
@@ -222,7 +224,7 @@ def _stage_table(stages: Mapping[str, Mapping[str, Any]]) -> Table:
         f"{sum(s.get('cpu_s', 0) for s in done.values()):.0f}",
         f"{max((s.get('peak_mb', 0) for s in done.values()), default=0):.0f}",
     )
-    return Table("Time and memory of the stages before this report (memory: the largest)", columns, rows, total)
+    return Table("Time and memory of the stages; the total's memory is the largest", columns, rows, total)
 
 
 def _identity(bundle: Bundle) -> Iterator[tuple[str, str]]:

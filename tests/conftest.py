@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,3 +113,9 @@ def video_recipe(video_root: Path, recipe_of: Callable[..., Recipe]) -> Recipe:
 @pytest.fixture(scope="session")
 def image_recipe(image_root: Path, recipe_of: Callable[..., Recipe]) -> Recipe:
     return recipe_of(image_root, {"top": "observation.image"}, 15.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_run() -> dict[str, Any]:
+    """The names of tests/programs/tiny_run.py: a training run of a tiny module, in this process."""
+    return runpy.run_path(str(Path(__file__).parent / "programs/tiny_run.py"))

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from train.train_config import ComputeConfig
+from vla.batch import Batch
 from vla.errors import UsageError
+from vla.losses import LossOut
 
 TEXT_BYTES = 4096
 
@@ -49,15 +51,16 @@ class Cluster:
                 is one more unit. Their parameters are used only while their `forward` runs.
         """
         if self.sharded:
-            self._runner = _shard(module.to(self.device), blocks, self._config.precision)
+            self._runner = _shard(_Plain(module.to(self.device)), blocks, self._config.precision)
         else:
             self._runner = self._accelerator.prepare_model(module)
 
-    def forward(self, batch: Any) -> Any:
-        """Run the placed module under the run's precision."""
+    def forward(self, batch: Batch) -> LossOut:
+        """The placed module's loss, under the run's precision."""
         assert self._runner is not None, "place() comes first"
         with self._accelerator.autocast():
-            return self._runner(batch)
+            out = self._runner(batch)
+        return LossOut(*out) if self.sharded else out
 
     @contextmanager
     def accumulating(self, more: Literal["more follow", "last"]) -> Iterator[None]:
@@ -73,6 +76,11 @@ class Cluster:
     def clip(self, parameters: list[nn.Parameter], limit: float) -> Tensor:
         """Scale gradients so that their global norm is at most `limit`; returns the norm before, ()."""
         return self._whole(nn.utils.clip_grad_norm_(parameters, limit))
+
+    @torch.no_grad()
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Global norm of the weights, ()."""
+        return self._whole(nn.utils.get_total_norm([p.detach() for p in parameters]))
 
     def total(self, values: Tensor) -> Tensor:
         """Element-wise sum over processes."""
@@ -120,6 +128,18 @@ class Cluster:
             dist.destroy_process_group()
 
 
+class _Plain(nn.Module):
+    """A module whose loss comes as plain containers: only in these does FSDP2 find the tensors it must watch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        out = self.module(batch)
+        return out.total, out.terms
+
+
 def _shard(module: nn.Module, blocks: Sequence[nn.Module], precision: str) -> nn.Module:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -128,4 +148,5 @@ def _shard(module: nn.Module, blocks: Sequence[nn.Module], precision: str) -> nn
         mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mp_policy=mixed)
-    return cast(nn.Module, fully_shard(module, mp_policy=mixed))
+    # Freed after every forward: kept, it would go on with weights that a validation has since put back.
+    return cast(nn.Module, fully_shard(module, mp_policy=mixed, reshard_after_forward=True))

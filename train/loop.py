@@ -20,8 +20,9 @@ from torch import Tensor
 from train.distributed import Cluster
 from train.metrics import Log
 from train.optim import learning_rate, set_learning_rate
+from train.run_folder import usable
 from train.train_config import OptimConfig, ScheduleConfig
-from train.training_state import Learner, write_error
+from train.training_state import Learner
 from vla.batch import Batch
 from vla.cli import Interrupted
 from vla.errors import TandemError
@@ -138,10 +139,13 @@ class Loop:
         paused = time.monotonic()
         if validates:
             loss = self._hooks.validate(done)
-            self._event("validation", step=done, loss=loss)
+            if self._hooks.log:
+                self._hooks.log.event("validation", step=done, loss=loss)
         if saves:
+            self._require_finite_weights(done)
             folder = self._hooks.save(done)
-            self._event("checkpoint", step=done, path=str(folder))
+            if self._hooks.log:
+                self._hooks.log.event("checkpoint", step=done, path=str(folder))
         self._window.start_s += time.monotonic() - paused
 
     def _require_finite(self) -> None:
@@ -154,17 +158,19 @@ class Loop:
             raise TandemError("Training broke down in another process; see its message.")
         values = zip(("loss", *self._window.names, "gradient norm"), self._window.bad.tolist(), strict=True)
         names = ", ".join(f"{k} {v:.4g}" for k, v in values)
-        pointer = self._output / "checkpoints" / "last"
-        kept = (
-            f"The last checkpoint, {pointer.read_text().strip()}, is usable"
-            if pointer.exists()
-            else "No checkpoint yet"
-        )
         raise TandemError(
-            f"Training broke down in step {first + 1}, which is not finite: {names}. {kept}; nothing was written since "
-            "then. Lower optim.lr or optim.clip, lengthen schedule.warmup, or look for broken numbers with: "
-            "vla-data check RECIPE.yaml"
+            f"Training broke down in step {first + 1}, which is not finite: {names}. {usable(self._output)}; nothing "
+            "was written since then. Lower optim.lr or optim.clip, lengthen schedule.warmup, or look for broken "
+            "numbers with: vla-data check RECIPE.yaml"
         )
+
+    def _require_finite_weights(self, done: int) -> None:
+        """An update can overflow where loss and gradient did not; what is saved must be usable."""
+        if not torch.isfinite(self._cluster.norm(self._parameters)):
+            raise TandemError(
+                f"The weights after step {done} are not finite. {usable(self._output)}; nothing was written since "
+                "then. Lower optim.lr."
+            )
 
     def _report(self, done: int) -> None:
         window = self._window
@@ -172,7 +178,7 @@ class Loop:
         elapsed = time.monotonic() - window.start_s
         if self._hooks.log:
             losses = sums.tolist()
-            self._record(
+            self._hooks.log.step(
                 {
                     "step": done,
                     "loss": losses[0],
@@ -186,22 +192,6 @@ class Loop:
                 }
             )
         window.restart()
-
-    def _record(self, values: dict[str, Any]) -> None:
-        log = self._hooks.log
-        assert log is not None
-        try:
-            log.step(values)
-        except OSError as error:
-            raise write_error("log", log.path, self._output / "checkpoints", error) from error
-
-    def _event(self, name: str, **values: Any) -> None:
-        log = self._hooks.log
-        if log:
-            try:
-                log.event(name, **values)
-            except OSError as error:
-                raise write_error("log", log.path, self._output / "checkpoints", error) from error
 
 
 class Window:

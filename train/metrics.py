@@ -3,10 +3,12 @@
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from train.run_folder import write_error
 from train.train_config import Backend, LogConfig
 from vla.errors import MissingDependency
 from vla.files import append_json_line, read_json_lines, write_text
@@ -99,7 +101,7 @@ class Log:
     """The record of one run, kept by its main process."""
 
     def __init__(self, output: Path, config: LogConfig, steps: int, run_config: Mapping[str, Any]) -> None:
-        self.path = output / "metrics.jsonl"
+        self._output, self.path = output, output / "metrics.jsonl"
         self._steps = steps
         self._dashboards: list[Dashboard] = [DASHBOARDS[b](output, config.project, run_config) for b in config.backends]
         self._display = BarDisplay(steps) if sys.stderr.isatty() else LineDisplay()
@@ -107,22 +109,32 @@ class Log:
     def rewind(self, step: int) -> None:
         """Forget what an interrupted run logged after `step`, where it now continues."""
         kept = [line for line in read_json_lines(self.path) if line.get("step", 0) <= step]
-        write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+        with self._writing():
+            write_text(self.path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     def event(self, name: str, **values: Any) -> None:
         """One line that is no step: start, validation, checkpoint, end."""
-        append_json_line(self.path, {"event": name} | values)
+        with self._writing():
+            append_json_line(self.path, {"event": name} | values)
         if name == "validation":
             self._scalars(values["step"], {"validation/loss": values["loss"]})
         self._display.event(name, values)
 
     def step(self, values: Mapping[str, Any]) -> None:
         """One line of `event: step`; `values` as in the schema of metrics.jsonl."""
-        append_json_line(self.path, {"event": "step"} | dict(values))
+        with self._writing():
+            append_json_line(self.path, {"event": "step"} | dict(values))
         names = ("loss", "lr", "grad_norm", "samples_per_s", "data_wait_share", "memory_mb")
         scalars = {f"train/{k}": values[k] for k in names}
         self._scalars(values["step"], scalars | {f"train/terms/{k}": v for k, v in values["terms"].items()})
         self._display.step(values, self._steps)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise write_error("log", self.path, self._output, error) from error
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for dashboard in self._dashboards:

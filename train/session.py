@@ -82,7 +82,7 @@ def train(session: Session, work: Work, learner: Learner, cluster: Cluster) -> N
     try:
         if log:
             log.rewind(done)
-            log.event("start", **_start(session, learner, done if resumed else None))
+            log.event("start", **_start(session, learner, cluster.size, done if resumed else None))
         hooks = Hooks(
             save=lambda step: _save(session, work, learner, cluster, step),
             validate=lambda _: _validate(work, learner),
@@ -116,7 +116,7 @@ def _validate(work: Work, learner: Learner) -> float:
         return work.validate()
 
 
-def _start(session: Session, learner: Learner, resumed_from: int | None) -> dict[str, Any]:
+def _start(session: Session, learner: Learner, processes: int, resumed_from: int | None) -> dict[str, Any]:
     parameters = list(learner.module.parameters())
     return {
         "version": 1,
@@ -128,6 +128,7 @@ def _start(session: Session, learner: Learner, resumed_from: int | None) -> dict
             "total": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         },
+        "processes": processes,
         "resumed_from": resumed_from,
     }
 

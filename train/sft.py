@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from train.dataset import LeRobotSource
     from train.distributed import Cluster
     from train.loader import Loader
-    from train.session import Session, Work
+    from train.session import Work
     from train.sources import Sources
     from train.training_state import Learner, Manifest
     from vla.policy import VLAPolicy
@@ -120,20 +120,21 @@ def train(config: TrainConfig) -> None:
     from train.session import train as run
 
     cluster = Cluster(config.compute)
-    session = Session(
-        output=config.output,
-        config=to_data(config),
-        data=sources.identity(),
-        log=config.log,
-        keep=config.checkpoint.keep,
-    )
-    resumed = session.resumed()
-    policy = _policy_of(config, sources, resumed)
-    if cluster.is_main:
-        write_text(config.output / "config.yaml", dump(config))
-    learner = _learner(config, policy, cluster)
-    run(session, _work(config, session, sources, policy, cluster), learner, cluster)
-    cluster.close()
+    try:
+        session = Session(
+            output=config.output,
+            config=to_data(config),
+            data=sources.identity(),
+            log=config.log,
+            keep=config.checkpoint.keep,
+        )
+        policy = _policy_of(config, sources, session.resumed())
+        if cluster.is_main:
+            write_text(config.output / "config.yaml", dump(config))
+        learner = _learner(config, policy, cluster)
+        run(session, _work(config, sources, policy, cluster), learner, cluster)
+    finally:
+        cluster.close()
 
 
 def _policy_of(config: TrainConfig, sources: Sources, resumed: tuple[Path, Manifest] | None) -> VLAPolicy:
@@ -156,7 +157,7 @@ def _learner(config: TrainConfig, policy: VLAPolicy, cluster: Cluster) -> Learne
     return Learner(policy, optimizer, Ema(policy, config.ema) if config.ema else None)
 
 
-def _work(config: TrainConfig, session: Session, sources: Sources, policy: VLAPolicy, cluster: Cluster) -> Work:
+def _work(config: TrainConfig, sources: Sources, policy: VLAPolicy, cluster: Cluster) -> Work:
     from train.loop import LoopConfig
     from train.session import Work
     from vla import checkpoint

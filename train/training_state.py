@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from train import sharded_files
 from train.distributed import Cluster
 from train.optim import Ema
-from vla.errors import CheckpointError, DataError, TandemError, UsageError
+from train.run_folder import POINTER, last_name, write_error
+from vla.errors import CheckpointError, DataError, UsageError
 from vla.files import whole_folder, write_json, write_text
 
 VERSION = 1
@@ -73,10 +74,10 @@ def last(checkpoints: Path) -> Path | None:
     Raises:
         CheckpointError: `last` names a folder that is gone.
     """
-    pointer = checkpoints / "last"
-    if not pointer.exists():
+    name, pointer = last_name(checkpoints.parent), checkpoints / POINTER
+    if name is None:
         return None
-    folder = checkpoints / pointer.read_text().strip()
+    folder = checkpoints / name
     if not (folder / "training" / "state.json").is_file():
         raise CheckpointError(
             f"{pointer} names {folder.name!r}, which is not a complete checkpoint. Write the name of another folder "
@@ -112,24 +113,13 @@ def save(
                 write_json(partial / "training" / "state.json", vars(manifest))
                 write_policy(partial / "policy", weights)
             if cluster.any(failure):
-                raise write_error("checkpoint", folder, checkpoints, failure)
+                raise write_error("checkpoint", folder, checkpoints.parent, failure)
         if cluster.is_main:
-            write_text(checkpoints / "last", folder.name + "\n")
+            write_text(checkpoints / POINTER, folder.name + "\n")
             _prune(checkpoints, keep)
     except (OSError, SafetensorError) as error:
-        raise write_error("checkpoint", folder, checkpoints, error) from error
+        raise write_error("checkpoint", folder, checkpoints.parent, error) from error
     return folder
-
-
-def write_error(what: str, path: Path, checkpoints: Path, error: Exception | None) -> TandemError:
-    """The error for a file that could not be written."""
-    reason = getattr(error, "strerror", None) or str(error or "another process failed")
-    pointer = checkpoints / "last"
-    usable = f"The last complete checkpoint is {checkpoints / pointer.read_text().strip()}" if pointer.exists() else ""
-    return TandemError(
-        f"Cannot write the {what} {path}: {reason}. {usable or 'There is no complete checkpoint yet'}. Free some space "
-        "or correct the permissions, then run the same command again to resume."
-    )
 
 
 @contextmanager
@@ -146,7 +136,7 @@ def _shared_folder(folder: Path, checkpoints: Path, cluster: Cluster) -> Iterato
                 failure = error
         path = cluster.shared_text(path)  # empty: the others must not wait for a folder that never comes
         if not path:
-            raise write_error("checkpoint", folder, checkpoints, failure) from failure
+            raise write_error("checkpoint", folder, checkpoints.parent, failure) from failure
         yield Path(path)
 
 
@@ -248,7 +238,7 @@ def restore(folder: Path, manifest: Manifest, learner: Learner, cluster: Cluster
     except (OSError, SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(
             f"{training} cannot be read: {error}. Write the name of an older folder of {folder.parent} into "
-            f"{folder.parent / 'last'}, or choose a new output folder."
+            f"{folder.parent / POINTER}, or choose a new output folder."
         ) from error
 
 

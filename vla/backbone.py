@@ -22,8 +22,11 @@ from vla.policy_config import SmolVLMConfig as SmolVLMSettings
 from vla.policy_config import TinyVLM
 from vla.tokenizer import Tokenizer
 
-KeyValues = dict[int, tuple[Tensor, Tensor]]
 COLLECT = "tandem_collect"
+
+
+class KeyValues(dict[int, tuple[Tensor, Tensor]]):
+    """Text layer -> its keys and values. A type of its own, since FSDP2 hands a layer a copy of a plain dict."""
 
 
 def _collecting_attention(

@@ -86,7 +86,7 @@ def global_batch(step: int, options: Options) -> dict[str, Tensor]:
         "tokens": torch.randint(0, VOCABULARY, (rows, 3), generator=draw),
         "token_mask": torch.ones(rows, 3, dtype=torch.bool),
         "state": state,
-        "actions": torch.randn(rows, HORIZON, ACTION, generator=draw),
+        "actions": state[:, None, :ACTION] * torch.arange(1.0, HORIZON + 1)[:, None] / HORIZON,
         "valid": torch.arange(HORIZON) < length[:, None],
         "dim_mask": torch.ones(rows, ACTION, dtype=torch.bool),
     }
@@ -147,9 +147,9 @@ def train_tiny(output: Path, steps: int, options: Options) -> Learner:
     )
 
     def validate() -> float:
-        with torch.no_grad():
-            batch = micro_batches(10_000, options, cluster)[0]
-            return float(cluster.total(cluster.forward(batch).total) / cluster.size)
+        parts = micro_batches(10_000, options, cluster)
+        losses = torch.stack([cluster.forward(batch).total * batch.loss_scale for batch in parts])
+        return float(cluster.total(losses.mean()) / cluster.size)
 
     def write_policy(folder: Path, weights: dict[str, Tensor]) -> None:
         folder.mkdir()
@@ -170,7 +170,10 @@ def train_tiny(output: Path, steps: int, options: Options) -> Learner:
         write_policy=write_policy,
         validate=validate,
     )
-    train(session, work, learner, cluster)
+    try:
+        train(session, work, learner, cluster)
+    finally:
+        cluster.close()
     return learner
 
 

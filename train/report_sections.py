@@ -185,7 +185,7 @@ def _data_blocks(run: Recording, checked: str) -> Iterator[Block]:
     if run.picture:
         yield png(
             run.picture,
-            "Sample frames, episode lengths and action histograms of the data set.",
+            "Sample frames, episode lengths and action histograms.",
             "What is in the data set.",
         )
 

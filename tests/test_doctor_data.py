@@ -277,6 +277,11 @@ def test_gripper_sign(copy: Recipe) -> None:
     assert verdicts(with_action(copy, gripper="close_high")) == []
 
 
+def test_a_gripper_that_does_not_follow_says_nothing_about_its_sign(copy: Recipe) -> None:
+    change_rows(copy, ACTION, lambda v: np.copyto(v[:, 2], np.arange(36) % 2))
+    assert verdicts(copy) == verdicts(with_action(copy, gripper="close_high")) == []
+
+
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 100.0)])
 def test_gripper_range(copy: Recipe, low: float, high: float) -> None:
     finding = only(with_action(copy, low=(-2.0, -2.0, low), high=(2.0, 2.0, high)), "warning", "gripper range")
@@ -407,6 +412,12 @@ def test_a_spec_with_another_number_of_dimensions(copy: Recipe, role: str) -> No
 def test_a_column_that_is_not_there(copy: Recipe) -> None:
     finding = only(replace(copy, state=Vector("observation.stat", SPEC)), "error", "unreadable column")
     assert "Did you mean 'observation.state'" in finding.what
+
+
+def test_a_column_of_pictures_where_numbers_are_expected(cameras_root: Path) -> None:
+    recipe = replace(recipe_for(cameras_root, {"front": KEYS["front"]}), state=Vector(KEYS["front"], SPEC))
+    finding = only(recipe, "error", "unreadable column")
+    assert "does not hold numbers" in finding.what
 
 
 def test_a_missing_camera(copy: Recipe) -> None:

@@ -115,24 +115,6 @@ def test_loss_ignores_padding(time: str) -> None:
     assert gradient[3, :, 0, :2].all()
 
 
-def test_a_step_does_not_depend_on_how_the_batch_is_divided() -> None:
-    head, expert, ctx = parts()
-    full = target()
-    whole = head.loss(expert, ctx, full, draws([0, 1, 2, 3])).total
-    sums = 0.0
-    for rows in ([0, 1], [2, 3]):
-        cut = Context(
-            tuple(k[rows] for k in ctx.keys),
-            tuple(v[rows] for v in ctx.values),
-            ctx.valid[rows],
-            ctx.prefix_len,
-            ctx.next_position[rows],
-        )
-        part = Target(full.actions[rows], full.valid[rows], full.dim_mask[rows])
-        sums += float(head.loss(expert, cut, part, draws(rows)).total.detach() * part.valid.sum() / full.valid.sum())
-    assert sums == pytest.approx(float(whole.detach()), abs=1e-6)
-
-
 def test_per_token_time_reaches_its_token() -> None:
     for time in ("concat", "adarms"):
         head, expert, ctx = parts(time)
@@ -143,20 +125,3 @@ def test_per_token_time_reaches_its_token() -> None:
         t[..., 2] = 0.0
         changed = (head.velocity(x, t, call) - before).abs().amax(dim=(0, 1, 3))
         assert changed[2] > 1e-4
-
-
-@pytest.mark.parametrize("time", ["concat", "adarms"])
-def test_it_overfits_one_batch(time: str) -> None:
-    head, expert, _ = parts(time, draws=8)
-    optimizer = torch.optim.Adam([*head.parameters(), *expert.parameters()], 1e-2)
-    full = target()
-    for step in range(150):
-        loss = head.loss(expert, context(expert, head, 4), full, Draws(step, 4, torch.arange(4))).total
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        call = ExpertCall(expert, context(expert, head, 4), 1, STEPS)
-        out = head.sample(call, (4, 1, STEPS, DIMS), torch.Generator().manual_seed(0))[:, 0]
-    error = (out - full.actions)[full.valid][:, :2].abs().mean()
-    assert error < 0.25, "a batch of four chunks is not learnt"

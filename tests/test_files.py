@@ -1,3 +1,4 @@
+import fcntl
 import json
 import os
 import signal
@@ -203,8 +204,21 @@ def test_a_damaged_line_inside_is_named(tmp_path: Path) -> None:
 def test_lines_of_several_processes_do_not_mix(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     code = "import sys; from pathlib import Path; from vla import files\n"
-    code += "for i in range(200): files.append_json_line(Path(sys.argv[1]), [sys.argv[2], i, 'x' * 300])"
-    writers = [subprocess.Popen([sys.executable, "-c", code, path, str(n)]) for n in range(2)]
-    assert [w.wait() for w in writers] == [0, 0]
+    code += "for i in range(400): files.append_json_line(Path(sys.argv[1]), [sys.argv[2], i, 'x' * 9000])"
+    writers = [subprocess.Popen([sys.executable, "-c", code, path, str(n)]) for n in range(3)]
+    assert [w.wait() for w in writers] == [0, 0, 0]
     lines = files.read_json_lines(path)
-    assert sorted((n, i) for n, i, _ in lines) == sorted((str(n), i) for n in range(2) for i in range(200))
+    assert sorted((n, i) for n, i, _ in lines) == sorted((str(n), i) for n in range(3) for i in range(400))
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_torn(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with path.open("ab", buffering=0) as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"a":')
+        writer = threading.Thread(target=files.append_json_line, args=(path, 2))
+        writer.start()
+        writer.join(0.2)
+        other.write(b" 1}\n")
+    writer.join()
+    assert files.read_json_lines(path) == [{"a": 1}, 2]

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -129,6 +130,7 @@ def append_json_line(path: Path, data: Any) -> None:
     """Append one line in one write; what a killed writer left of a last line is cut off first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+b", buffering=0) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # or what another process is writing at this moment would look torn
         _cut_torn_line(f)
         f.write(json.dumps(data, ensure_ascii=False).encode() + b"\n")
 

@@ -93,13 +93,18 @@ def test_no_frame_at_a_time_is_refused(video_recipe: Recipe) -> None:
     assert decoder.rgb(0.2).shape == (48, 64, 3)
 
 
-@pytest.mark.parametrize("damage", ["no video at all", "cut in half", "overwritten"])
+def test_a_file_that_is_no_video_is_refused_at_the_door(copied: Recipe) -> None:
+    path = video_file(copied, "wrist")
+    path.write_bytes(b"no video at all" * 20)
+    with pytest.raises(DataError, match=str(path)):
+        LeRobotSource(copied, 1, "train")
+
+
+@pytest.mark.parametrize("damage", ["cut in half", "overwritten"])
 def test_a_corrupt_file_is_named(copied: Recipe, damage: str) -> None:
     path = video_file(copied, "wrist")
     content = bytearray(path.read_bytes())
-    if damage == "no video at all":
-        content = bytearray(b"no video at all" * 20)
-    elif damage == "cut in half":
+    if damage == "cut in half":
         del content[len(content) // 2 :]
     else:
         start = content.index(b"mdat") + 8  # the frames, after the index

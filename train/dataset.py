@@ -16,7 +16,7 @@ from train import dataset_checks
 from train.lerobot_folder import RECOPY, Folder, locate, open_folder
 from train.recipe import Recipe
 from train.stored_images import ImageFrames
-from train.video import DecoderPool, VideoFrames
+from train.video import Decoder, DecoderPool, VideoFrames
 from vla.errors import DataError, UsageError, choose_from
 
 BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
@@ -190,6 +190,8 @@ class LeRobotSource:
             missing = sorted(str(path) for path in used if not path.is_file())
             if missing:
                 raise DataError(f"{len(missing)} of {len(used)} video files are missing, first {missing[0]}. {RECOPY}")
+            for path in sorted(used):
+                Decoder(path)  # a file that is no video is refused now, not in the middle of an epoch
             times = self.folder.video_starts(key)[episode] + table["timestamp"]
             readers[name] = VideoFrames(pool, files, episode, times)
         return readers

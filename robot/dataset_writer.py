@@ -104,7 +104,10 @@ class EpisodeWriter:
                 "task": episode.instruction,
             }
             self._dataset.add_frame(frame)
-        self._dataset.save_episode(parallel_encoding=False)
+        try:
+            self._dataset.save_episode(parallel_encoding=False)
+        except RuntimeError as error:  # what its encoder's thread makes of any failure, a full disk included
+            raise DataError(f"LeRobot could not encode an episode: {error}. Is the disk full?") from error
 
     def close(self) -> None:
         """Write what is pending and the footers of all files."""

@@ -117,6 +117,7 @@ def test_pictures_survive_another_environment(robot: MetaWorld) -> None:
         finally:
             renderer._gl = context
         assert wrong > 10
+        front(robot)  # its context is current now
     finally:
         other.close()
     assert (front(robot) == before).all(), "closing one robot leaves the other's pictures alone"

@@ -1,6 +1,7 @@
 """vla-record: what it writes, and that no interruption can break it."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -241,6 +242,21 @@ def test_an_output_that_cannot_be_written_is_refused_first(run: Run, capsys: pyt
     assert run(output="/proc/tandem/data", episodes_per_task=10_000) == 1
     assert time.monotonic() - began < 5
     assert "Cannot write to /proc/tandem/.data.recording" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_message(tmp_path: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, before[1]))  # an episode does not fit into one file
+    try:
+        assert run() == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = capsys.readouterr().err
+    assert "File too large" in message
+    assert "run the same command again" in message
+    assert not (tmp_path / "data").exists()
+    assert run() == 0
+    assert len(account(tmp_path / "data")["episodes"]) == 6
 
 
 def test_an_unfinished_recording_is_not_mixed_with_another(

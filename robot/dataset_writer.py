@@ -6,7 +6,6 @@ no PNG files in between), 7 in image mode; LeRobot's default for video (PNG file
 
 import importlib.util
 import logging
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -104,8 +103,11 @@ class EpisodeWriter:
                 "task": episode.instruction,
             }
             self._dataset.add_frame(frame)
+        from lerobot.utils.utils import SuppressProgressBars
+
         try:
-            self._dataset.save_episode(parallel_encoding=False)
+            with SuppressProgressBars():  # one bar per episode would bury our own
+                self._dataset.save_episode(parallel_encoding=False)
         except RuntimeError as error:  # what its encoder's thread makes of any failure, a full disk included
             raise DataError(f"LeRobot could not encode an episode: {error}. Is the disk full?") from error
 
@@ -121,8 +123,6 @@ def require_lerobot() -> None:
 
 
 def _lerobot() -> Any:
-    # Read when `datasets` is first imported: one bar per episode would bury our own.
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     require_lerobot()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of LeRobot's own imports; nothing of ours runs in here

@@ -111,6 +111,25 @@ def test_one_step_by_hand(train: Train, tiny_run: dict[str, Any], tmp_path: Path
     assert step["grad_norm"] == pytest.approx(norm.item(), abs=1e-6)
 
 
+def test_steps_against_a_plain_loop(train: Train, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    """With gradients that are clipped hard: their size relative to one another decides Adam's second step."""
+    from train.distributed import Cluster
+    from train.optim import learning_rate, set_learning_rate
+    from train.train_config import ComputeConfig, ScheduleConfig
+
+    options = tiny_run["Options"](clip=0.05)
+    learner, optim = tiny_run["new_learner"](options, Cluster(ComputeConfig("cpu", "fp32", "ddp")))
+    parameters = [p for group in learner.optimizer.param_groups for p in group["params"]]
+    for step in range(4):
+        set_learning_rate(learner.optimizer, learning_rate(step, optim.lr, ScheduleConfig(2, 0.1), 4))
+        learner.module(tiny_run["whole_batch"](step, options)).total.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 0.05)
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+        learner.ema.update(learner.module, step)
+    assert_bitwise(learner, train(tmp_path, 4, clip=0.05))
+
+
 def test_broken_numbers_stop_the_run_and_leave_the_last_checkpoint(train: Train, tmp_path: Path) -> None:
     with pytest.raises(TandemError, match=r"in step 4, .*error nan.*last complete checkpoint is .*00000002"):
         train(tmp_path, 10, nan_at=3, log_every=5)
@@ -132,7 +151,19 @@ def test_out_of_memory_is_one_sentence(train: Train, tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints/last").read_text().strip() == "00000002"
 
 
-def test_validation_is_with_averaged_weights_and_changes_nothing(train: Train, tmp_path: Path) -> None:
+def test_validation_is_with_averaged_weights(train: Train, tiny_run: dict[str, Any], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    train(tmp_path, 4, validate_every=4)
+    options = tiny_run["Options"]()
+    module = tiny_run["Tiny"](0.0)
+    module.load_state_dict(load_file(tmp_path / "checkpoints/00000004/policy/model.safetensors"))
+    batch = tiny_run["whole_batch"](10_000, options)
+    (line,) = lines(tmp_path, "validation")
+    assert line["loss"] == pytest.approx(module(batch).total.item(), abs=1e-6)
+
+
+def test_validation_changes_nothing(train: Train, tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", 6)
     validated = train(tmp_path / "validated", 6, validate_every=1)
     assert_bitwise(plain, validated)

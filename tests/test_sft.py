@@ -221,6 +221,7 @@ def test_validation_and_freezing(settings: list[str], recipe_file: Path, tmp_pat
     moved = [name for name in two if name.startswith("raw.") and (two[name] != four[name]).any()]
     changed_parts = {name.split(".")[3] if "backbone" in name else "expert" for name in moved}
     assert changed_parts == {"connector", "expert"}
+    assert not [name for name in two if name.startswith("optim.") and ("vision" in name or "text_model" in name)]
 
 
 def test_start_from_a_checkpoint(

@@ -70,6 +70,8 @@ def test_going_back_to_an_older_checkpoint(train: Callable[..., Any], tmp_path: 
     whole = train(tmp_path, 6, keep=9, dropout=0.3)
     (tmp_path / "checkpoints/last").write_text("00000002\n")
     again = train(tmp_path, 6, keep=9, dropout=0.3)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [e["step"] for e in events if e["event"] == "step"] == [1, 2, 3, 4, 5, 6]
     for name, value in whole.module.state_dict().items():
         assert torch.equal(value, again.module.state_dict()[name])
 

@@ -97,10 +97,8 @@ class Loop:
     def _guarded_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
         try:
             self._step(step, micro_batches)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "can't allocate memory" not in str(
-                error
-            ):
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not _out_of_memory(error):
                 raise
             rows = len(micro_batches[0].rows)
             raise TandemError(

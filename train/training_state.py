@@ -37,7 +37,9 @@ FREE = (
     "validation",
     "batch.accumulation",
     "compute.device",
+    "compute.parallel",
     "data.prefetch",
+    "data.threads",
     "data.cache",
 )
 

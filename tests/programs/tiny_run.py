@@ -50,6 +50,7 @@ class Options:
     parallel: str = "ddp"
     precision: str = "fp32"
     expert_scale: float = 1.0
+    clip: float = 1.0
 
 
 class Tiny(nn.Module):
@@ -106,6 +107,13 @@ def micro_batches(step: int, options: Options, cluster: Cluster) -> list[Batch]:
     return batches
 
 
+def whole_batch(step: int, options: Options) -> Batch:
+    """The global batch in one piece."""
+    fields: dict[str, Any] = global_batch(step, options)
+    rows = options.global_batch
+    return Batch(**fields, rows=torch.arange(rows), global_size=rows, noise_seed=step, loss_scale=1.0)
+
+
 def stream(first: int, options: Options, cluster: Cluster) -> Generator[tuple[int, list[Batch]]]:
     step = first
     while True:
@@ -124,7 +132,7 @@ def new_learner(options: Options, cluster: Cluster) -> tuple[Learner, OptimConfi
         betas=(0.9, 0.95),
         eps=1e-8,
         weight_decay=0.1,
-        clip=1.0,
+        clip=options.clip,
         lr_scale={"text": 0.5, "expert": options.expert_scale},
     )
     freeze(module, optim.lr_scale)

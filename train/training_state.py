@@ -116,12 +116,21 @@ def save(
                 write_policy(partial / "policy", weights)
             if cluster.any(failure):
                 raise write_error("checkpoint", folder, checkpoints.parent, failure)
-        if cluster.is_main:
-            write_text(checkpoints / POINTER, folder.name + "\n")
-            _prune(checkpoints, keep)
+        failure = _publish(folder, checkpoints, keep) if cluster.is_main else None
+        if cluster.any(failure):  # asked of all: none goes on, or leaves the group, before the checkpoint is whole
+            raise write_error("checkpoint", folder, checkpoints.parent, failure)
     except (OSError, SafetensorError) as error:
         raise write_error("checkpoint", folder, checkpoints.parent, error) from error
     return folder
+
+
+def _publish(folder: Path, checkpoints: Path, keep: int) -> OSError | None:
+    try:
+        write_text(checkpoints / POINTER, folder.name + "\n")
+        _prune(checkpoints, keep)
+    except OSError as error:
+        return error
+    return None
 
 
 @contextmanager

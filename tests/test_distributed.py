@@ -112,7 +112,7 @@ def test_the_policy_sharded_equals_the_policy_whole(tmp_path: Path, image_recipe
         "validation=null",
         "compute.device=cpu",
         "steps=3",
-        "optim.eps=1e-4",  # else Adam makes whole steps of gradients that are mere rounding
+        "optim.eps=1e-2",  # else Adam makes whole steps of gradients that are mere rounding
         "policy.cameras=[top]",
         "policy.chunk=4",
         "policy.image_size=32",

@@ -133,7 +133,7 @@ def test_sigkill_at_random_moments(settings: list[str], tmp_path: Path) -> None:
 
 
 def test_accumulation_gives_the_same_policy(settings: list[str], tmp_path: Path) -> None:
-    settings = [*settings, "optim.eps=1e-4"]  # else Adam makes whole steps of gradients that are mere rounding
+    settings = [*settings, "optim.eps=1e-2"]  # else Adam makes whole steps of gradients that are mere rounding
     assert vla_train(settings) == 0
     assert vla_train([*settings, f"output={tmp_path / 'parts'}", "batch.accumulation=4"]) == 0
     whole, parts = tensors(tmp_path / "run", 4), tensors(tmp_path / "parts", 4)

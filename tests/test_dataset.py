@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from train.dataset import LeRobotSource
-from train.lerobot_folder import locate
+from train.lerobot_folder import locate, open_folder
 from train.recipe import Language, Recipe, Split, Vector, load
 from vla.errors import DataError, UsageError
 from vla.images import resize_with_pad
@@ -174,7 +174,7 @@ def test_both_ends_of_large_files_enter_the_revision(
     for change in (0, 1):
         content[place] ^= change
         video.write_bytes(content)
-        revisions.append(LeRobotSource(broken, 1, "train").revision)
+        revisions.append(open_folder(locate(broken)).revision(list(broken.cameras.values())))
     assert revisions[0] != revisions[1]
 
 

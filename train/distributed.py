@@ -4,6 +4,7 @@ The home of accelerate. Started plainly there is one process; `accelerate launch
 several, on one machine or on many (docs/training.md).
 """
 
+import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
@@ -123,8 +124,15 @@ class Cluster:
         return value.full_tensor() if isinstance(value, DTensor) else value
 
     def close(self) -> None:
-        """Leave the group of processes."""
+        """Leave the group of processes.
+
+        Everything that refers to the group goes first: gloo's threads end with the last reference, and one
+        that still wants the interpreter's lock while the interpreter is being torn down aborts the process.
+        """
         if dist.is_initialized():
+            self._runner = None
+            self._accelerator.free_memory()
+            gc.collect()
             dist.destroy_process_group()
 
 

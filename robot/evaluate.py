@@ -16,6 +16,8 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from robot import results
@@ -53,7 +55,11 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
     with results.alone_in(config.output):
         rows = {results.key(row): row for row in _begin(config, checkpoint)}
         with Pool(work, (config, checkpoint), **limits) as pool:
-            ran = _run_episodes(config, pool, rows, checkpoint)
+            try:
+                ran = _run_episodes(config, pool, rows, checkpoint)
+            except TandemError:
+                _leave_no_trace(config.output)
+                raise
             ordered = _ordered(config, rows)
             _run_films(config, pool, ordered)
         results.rewrite(config.output, ordered)
@@ -66,6 +72,14 @@ def evaluate(config: EvalConfig) -> dict[str, Any]:
             f"Each one's traceback is in {config.output / results.EPISODES}."
         )
     return summary
+
+
+def _leave_no_trace(folder: Path) -> None:
+    """Remove a folder in which no episode has ended, so that a corrected command may use it."""
+    if not (folder / results.RESULTS).exists():
+        (folder / results.CONFIG).unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _begin(config: EvalConfig, checkpoint: str) -> list[Result]:

@@ -129,12 +129,15 @@ def test_if_every_episode_fails_the_command_fails(point: Path, capsys: pytest.Ca
 
 
 @pytest.mark.usefixtures("hostile")
-def test_a_foreign_action_spec_is_refused_with_both_sides(point: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_foreign_action_spec_is_refused_with_both_sides(
+    point: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert evaluation.main([str(point), "policy.path=hostile_policies:other_units"]) == 1
     message = capsys.readouterr().err
     assert "action of the policy and of the robot differ" in message
     assert "units: ('m', 'm') and ('10 cm', '10 cm')" in message
     assert "Traceback" not in message
+    assert not (tmp_path / "out").exists(), "nothing is left of an evaluation that cannot begin"
 
 
 def test_a_folder_of_another_evaluation_is_refused(point: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,8 +112,7 @@ def train(config: TrainConfig) -> None:
     try:
         sources = open_sources(config.data, config.policy, held_out=config.validation is not None)
     except TandemError:
-        with suppress(OSError):
-            config.output.rmdir()  # only if it is empty: nothing was begun
+        _leave_no_trace(config.output)
         raise
     from train.distributed import Cluster
     from train.session import Session
@@ -128,13 +127,22 @@ def train(config: TrainConfig) -> None:
             log=config.log,
             keep=config.checkpoint.keep,
         )
-        policy = _policy_of(config, sources, session.resumed())
+        try:
+            policy = _policy_of(config, sources, session.resumed())
+        except TandemError:
+            _leave_no_trace(config.output)
+            raise
         if cluster.is_main:
             write_text(config.output / "config.yaml", dump(config))
         learner = _learner(config, policy, cluster)
         run(session, _work(config, sources, policy, cluster), learner, cluster)
     finally:
         cluster.close()
+
+
+def _leave_no_trace(output: Path) -> None:
+    with suppress(OSError):
+        output.rmdir()  # only if it is empty: nothing was begun
 
 
 def _policy_of(config: TrainConfig, sources: Sources, resumed: tuple[Path, Manifest] | None) -> VLAPolicy:

@@ -91,10 +91,10 @@ def test_a_damaged_cache_is_made_again(video_recipe: Recipe, tmp_path: Path, dam
 
 def test_a_failed_build_leaves_nothing(copied: Recipe, tmp_path: Path) -> None:
     assert copied.root is not None
+    source, config = LeRobotSource(copied, 4, "train"), CacheConfig(tmp_path / "cache", 1.0)
     next((copied.root / "videos/observation.images.wrist").rglob("*.mp4")).write_bytes(b"damaged")
-    config = CacheConfig(tmp_path / "cache", 1.0)
     with pytest.raises(DataError, match=r"wrist.*mp4"):
-        cached(LeRobotSource(copied, 4, "train"), ["wrist"], 32, config)
+        cached(source, ["wrist"], 32, config)
     assert not folders(config)
 
 

@@ -182,7 +182,7 @@ def wait_gone(pid: int) -> None:
 
 
 def test_time_and_memory_are_of_the_stage(tmp_path: Path) -> None:
-    code = "import time; x = bytearray(300 << 20); x[::4096] = b'x' * len(x[::4096])\nfor _ in range(8_000_000): pass"
+    code = "import time; x = bytearray(300 << 20); x[::4096] = b'x' * len(x[::4096])\nfor _ in range(20_000_000): pass"
     process = Process((sys.executable, "-c", code), tmp_path / "log")
     assert process.wait(lambda _: None) == 0
     usage = process.stop()

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_S = 0.1
-SAMPLE_S = 0.5  # between two looks at memory
+SAMPLE_S = 0.2  # between two looks at memory
 PROMPT = "$ "  # before the command, in the first line of its log
 GRACE_S = 20.0  # to end by itself when it is interrupted
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -33,6 +34,7 @@ class Process:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self._begun_s = time.monotonic()
+        self._own_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         self._peak_mb = 0.0
         self._usage: Usage | None = None
         self._code = 0
@@ -87,7 +89,10 @@ class Process:
         if not pid:
             return False
         self._code = self._process.returncode = os.waitstatus_to_exitcode(status)
-        largest = max(self._peak_mb, used.ru_maxrss / 1024)  # kilobytes, of the largest single process
+        # Kilobytes of the largest single process, which catches peaks between two looks. A child begins as a copy
+        # of us, and the kernel counts that too: only what is more than our own memory is surely its own.
+        single_mb = used.ru_maxrss / 1024 if used.ru_maxrss > self._own_kb else 0.0
+        largest = max(self._peak_mb, single_mb)
         self._usage = Usage(time.monotonic() - self._begun_s, used.ru_utime + used.ru_stime, largest)
         return True
 

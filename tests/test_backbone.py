@@ -10,8 +10,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, SmolVLMFor
 
 from vla import tokenizer
 from vla.backbone import SmolVLM, new_backbone, tiny_hf_config
+from vla.backbone_config import SmolVLMConfig, TinyVLM
 from vla.errors import CheckpointError, UsageError
-from vla.policy_config import SmolVLMConfig, TinyVLM
 
 TINY = TinyVLM(width=32, vision_layers=2, text_layers=3, heads=4, mlp=48, patch=8, pixel_shuffle=2)
 SETTINGS = SmolVLMConfig(kind="smolvlm", weights=None, tiny=TINY, text_layers=None, freeze=())

@@ -6,9 +6,10 @@ from torch import Tensor
 
 from vla.cache import CacheShape, PrefixCache
 from vla.expert import ActionExpert, Context
+from vla.head_config import FlowConfig
 from vla.heads.base import Draws, ExpertCall, Target
 from vla.heads.flow import FlowHead, interpolate, pi0_time
-from vla.policy_config import ExpertConfig, FlowConfig
+from vla.policy_config import ExpertConfig
 
 WIDTH, STEPS, DIMS = 16, 5, 3
 

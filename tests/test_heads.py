@@ -9,27 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from vla.backbone_config import SmolVLMConfig, TinyVLM
 from vla.bins import Bins
 from vla.cache import CacheShape, PrefixCache
 from vla.errors import UsageError
 from vla.expert import ActionExpert, Context
+from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, HeadConfig, RegressionConfig
 from vla.heads import discrete_diffusion, e0
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target
 from vla.heads.discrete_diffusion import DiscreteDiffusionHead, hide, masked_after, remask_threshold
 from vla.heads.e0 import E0Head, level, noised
 from vla.heads.tokens import draws_of
 from vla.policy import make_head
-from vla.policy_config import (
-    DiscreteDiffusionConfig,
-    E0Config,
-    ExpertConfig,
-    FlowConfig,
-    HeadConfig,
-    PolicyConfig,
-    RegressionConfig,
-    SmolVLMConfig,
-    TinyVLM,
-)
+from vla.policy_config import ExpertConfig, PolicyConfig
 
 BATCH, STEPS, REAL, PADDED, WIDTH, PREFIX = 4, 5, 2, 3, 24, 6
 DISCRETE = DiscreteDiffusionConfig("discrete_diffusion", 16, (), "per_step", 6, "max", "none", 1.0, 0.0, 2)

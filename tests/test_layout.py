@@ -22,11 +22,13 @@ MAY_IMPORT = {  # package -> the packages of ours it may import, besides itself
 }
 
 TORCH_FREE = {  # the files of vla that the control side may import
+    "vla.backbone_config",
     "vla.cli",
     "vla.codec",
     "vla.config",
     "vla.errors",
     "vla.files",
+    "vla.head_config",
     "vla.images",
     "vla.load",
     "vla.policy_config",

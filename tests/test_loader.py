@@ -16,10 +16,12 @@ from torch.nn.functional import pad
 from train.dataset import LeRobotSource, RawBatch
 from train.loader import Loader, Member
 from train.recipe import Recipe, Vector
+from vla.backbone_config import SmolVLMConfig, TinyVLM
 from vla.batch import Batch
 from vla.codec import Codec
 from vla.errors import DataError, SpecMismatch, UsageError
-from vla.policy_config import ExpertConfig, FlowConfig, PolicyConfig, SmolVLMConfig, TinyVLM
+from vla.head_config import FlowConfig
+from vla.policy_config import ExpertConfig, PolicyConfig
 from vla.processor import Processor
 from vla.stats import Moments, Statistics
 from vla.tokenizer import byte_level

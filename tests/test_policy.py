@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from vla import checkpoint, tokenizer
+from vla.backbone_config import SmolVLMConfig, TinyVLM
 from vla.batch import Batch
 from vla.errors import CheckpointError, TandemError, UsageError
+from vla.head_config import FlowConfig
 from vla.load import load_policy
 from vla.policy import VLAPolicy
-from vla.policy_config import ExpertConfig, FlowConfig, PolicyConfig, SmolVLMConfig, TinyVLM
+from vla.policy_config import ExpertConfig, PolicyConfig
 from vla.stats import Moments, Statistics
 from vla.types import ActionSpec, Observation
 

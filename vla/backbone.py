@@ -16,10 +16,10 @@ from transformers import AutoConfig, SmolVLMConfig, SmolVLMModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vla import tokenizer as tokenizers
+from vla.backbone_config import SmolVLMConfig as SmolVLMSettings
+from vla.backbone_config import TinyVLM
 from vla.cache import CacheShape, PrefixCache, positions_of, rotate
 from vla.errors import CheckpointError, UsageError
-from vla.policy_config import SmolVLMConfig as SmolVLMSettings
-from vla.policy_config import TinyVLM
 from vla.tokenizer import Tokenizer
 
 COLLECT = "tandem_collect"

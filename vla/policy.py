@@ -21,13 +21,14 @@ from vla.cache import PrefixCache
 from vla.codec import Codec
 from vla.errors import UsageError
 from vla.expert import ActionExpert, Context
+from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, RegressionConfig
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target
 from vla.heads.discrete_diffusion import DiscreteDiffusionHead
 from vla.heads.e0 import E0Head
 from vla.heads.flow import FlowHead
 from vla.heads.regression import RegressionHead
 from vla.losses import LossOut
-from vla.policy_config import DiscreteDiffusionConfig, E0Config, FlowConfig, PolicyConfig, RegressionConfig
+from vla.policy_config import PolicyConfig
 from vla.processor import Processor
 from vla.stats import Statistics
 from vla.types import ActionChunk, ActionSpec, Observation

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from vla.bins import Bins
 from vla.expert import ActionExpert, Context
+from vla.head_config import DiscreteDiffusionConfig
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_uniform
 from vla.heads.tokens import ScalarTokens, draws_of
 from vla.losses import LossOut
-from vla.policy_config import DiscreteDiffusionConfig
 
 
 def masked_after(length: int, rounds: int) -> list[int]:

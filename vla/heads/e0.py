@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from vla.bins import Bins
 from vla.expert import ActionExpert, Context
+from vla.head_config import E0Config
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_normal, grouped_uniform
 from vla.heads.time import TimeInput
 from vla.heads.tokens import ScalarTokens, draws_of
 from vla.losses import LossOut, masked_mean
-from vla.policy_config import E0Config
 
 FIRST, LAST = 0.02, 0.995  # cleanest and noisiest tau that carry information
 

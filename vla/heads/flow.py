@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from vla.expert import ActionExpert, Context
+from vla.head_config import FlowConfig
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_normal
 from vla.heads.time import TimeInput
 from vla.losses import LossOut, masked_mean
-from vla.policy_config import FlowConfig
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from vla.expert import ActionExpert, Context
+from vla.head_config import RegressionConfig
 from vla.heads.base import ActionHead, Draws, ExpertCall, Target
 from vla.losses import LossOut, masked_mean
-from vla.policy_config import RegressionConfig
 
 
 class RegressionHead(ActionHead):

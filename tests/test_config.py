@@ -205,8 +205,8 @@ def test_overriding_leaves_its_input_alone() -> None:
     [
         ("steps", ["key.subkey=value"]),
         ("=3", ["key.subkey=value"]),
-        ("stepz=3", ["no key 'stepz'", "Did you mean 'steps'?", "warm_up"]),
-        ("optim.lrr=3", ["no key 'lrr'", "Did you mean 'lr'?", "betas, kind, lr"]),
+        ("stepz=3", ["unknown key 'stepz'", "Did you mean 'steps'?", "warm_up"]),
+        ("optim.lrr=3", ["unknown key 'lrr'", "Did you mean 'lr'?", "betas, kind, lr"]),
         ("optin.lr=3", ["no key 'optin'", "Did you mean 'optim'?"]),
         ("tasks.5=x", ["2 entries", "'5' is not an index"]),
         ("tasks.²=x", ["is not an index"]),
@@ -236,3 +236,23 @@ def test_the_digest_changes_with_any_value(changed: Run) -> None:
 def test_the_digest_depends_on_values_only(tmp_path: Path) -> None:
     assert config.digest(config.load(Run, written(tmp_path, {}))) == config.digest(RUN)
     assert len(config.digest(RUN)) == 12
+
+
+@dataclass(frozen=True)
+class Outer:
+    inner: "Inner"
+
+
+@dataclass(frozen=True)
+class Inner:
+    optim: Sgd | None = None
+
+
+def test_an_optional_block_that_the_file_leaves_out_can_be_given(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("inner: {}\n", encoding="utf-8")
+    assert config.load(Outer, path).inner.optim is None
+    given_block = config.load(Outer, path, ["inner.optim={kind: sgd, lr: 0.1}"])
+    assert given_block.inner.optim == Sgd("sgd", 0.1)
+    with pytest.raises(UsageError, match=r"inner: unknown key 'optin'"):
+        config.load(Outer, path, ["inner.optin=null"])

@@ -51,6 +51,7 @@ def policy_config(head: HeadConfig) -> PolicyConfig:
         image_size=32,
         max_tokens=8,
         normalization="quantile",
+        state="suffix",
         backbone=SmolVLMConfig("smolvlm", None, TinyVLM(32, 1, 1, 4, 48, 8, 2), None, ()),
         expert=ExpertConfig(WIDTH, 2, 32, ("joint",), norm, "bidirectional"),
         head=head,

@@ -36,6 +36,7 @@ CONFIG = PolicyConfig(
     image_size=32,
     max_tokens=12,
     normalization="mean_std",
+    state="suffix",
     backbone=SmolVLMConfig("smolvlm", None, TinyVLM(8, 1, 1, 1, 8, 16, 2), None, ()),
     expert=ExpertConfig(8, 1, 8, ("joint",), "rms", "bidirectional"),
     head=FlowConfig("flow", "concat", 2, 0.0, 1),

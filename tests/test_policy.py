@@ -30,6 +30,7 @@ CONFIG = PolicyConfig(
     image_size=32,
     max_tokens=24,
     normalization="mean_std",
+    state="suffix",
     backbone=SmolVLMConfig("smolvlm", None, TinyVLM(32, 1, 2, 4, 48, 8, 2), None, ()),
     expert=ExpertConfig(24, 2, 32, ("joint", "cross"), "rms", "bidirectional"),
     head=FlowConfig("flow", "concat", 4, 1.0, 2),

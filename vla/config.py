@@ -86,7 +86,7 @@ def read(path: Path | str) -> dict[str, Any]:
 
 
 def override(data: Mapping[str, Any], overrides: Sequence[str], cls: type) -> dict[str, Any]:
-    """`data` with each `dotted.key=yaml value` replaced. The key must exist in `data` or in `cls`."""
+    """`data` with each `dotted.key=yaml value` replaced. The parents must exist; `build` checks the last key."""
     result = _copy(dict(data))
     for item in overrides:
         dotted, sep, text = item.partition("=")
@@ -96,10 +96,6 @@ def override(data: Mapping[str, Any], overrides: Sequence[str], cls: type) -> di
         *parents, last = dotted.split(".")
         for i, name in enumerate(parents):
             target = _step(target, name, ".".join(parents[:i]) or cls.__name__)
-        if isinstance(target, dict) and last not in target and parents:
-            raise UsageError(f"Override {item!r}: no key {last!r}.{choose_from(last, map(str, target))}")
-        if isinstance(target, dict) and last not in target and last not in _field_names(cls):
-            raise UsageError(f"Override {item!r}: no key {last!r}.{choose_from(last, _field_names(cls))}")
         _assign(target, last, _parse(text, item), item)
     return result
 

@@ -34,6 +34,57 @@ class ExpertConfig:
 
 
 @dataclass(frozen=True)
+class MixtureConfig:
+    """Mixture of horizons (arXiv 2511.19433): one expert predicts chunks of several lengths, a gate mixes them."""
+
+    horizons: tuple[int, ...]  # steps, increasing; the last is the chunk
+    gate_noise: Literal["none", "learned"]  # on the gate's logits in training; learned: the released code's
+    independent: float  # weight of the sum of the horizons' own losses; 1 in the paper
+    balance: float  # weight of the gate's balance loss; 1e-3 in the paper
+    consensus: "ConsensusConfig | None"  # null: always execute `policy.execute` steps
+
+    def __post_init__(self) -> None:
+        if not self.horizons or list(self.horizons) != sorted(set(self.horizons)) or self.horizons[0] < 1:
+            raise UsageError(f"policy.mixture.horizons must be positive and increasing, got {list(self.horizons)}.")
+
+
+@dataclass(frozen=True)
+class ConsensusConfig:
+    """How many steps to execute, from how far the horizons disagree (arXiv 2511.19433, algorithm 1)."""
+
+    shortest: int  # steps executed in any case; 5 in the paper
+    ratio: float  # executing ends where disagreement reaches this times its mean over the first steps; 1.0 to 1.4
+    active: int  # ... or where fewer horizons than this still predict; 5 in the paper
+
+
+@dataclass(frozen=True)
+class FastSlowConfig:
+    """Training for an encoding that is older than the state and the actions (DuoCore-FS)."""
+
+    min_age: int  # control steps between encoding and state: drawn evenly from min_age..max_age
+    max_age: int
+    fresh_share: float  # of the samples that have age 0 instead
+    frames: int  # states and chunks trained on each encoding
+    cameras: tuple[str, ...]  # cameras whose newest picture the fast path sees too; none: []
+    image_size: int  # pixels, side of those pictures
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_age <= self.max_age or not 0 <= self.fresh_share <= 1 or self.frames < 1:
+            raise UsageError(
+                f"policy.fast_slow needs 0 <= min_age <= max_age, fresh_share in 0..1 and frames >= 1, got {self}."
+            )
+
+
+@dataclass(frozen=True)
+class ConditionConfig:
+    """Identifiers that steer the expert without a new encoding, each as an embedding on the action tokens."""
+
+    modes: int  # behaviour modes of task switching (forward, rollback, advance); 0: none
+    intents: int  # intents for classifier-free guidance; 0: none
+    drop: float  # share of training chunks whose intent is hidden, so that guidance has its reference
+
+
+@dataclass(frozen=True)
 class PolicyConfig:
     chunk: int  # H, steps predicted
     execute: int  # steps executed before planning anew
@@ -43,13 +94,30 @@ class PolicyConfig:
     image_size: int  # pixels, side of the square the backbone sees
     max_tokens: int  # longest instruction, in tokens
     normalization: Normalization
+    state: Literal["suffix", "prefix", "prompt", "none"]  # a token of the expert's (pi0), a last token of the prefix
+    # (SmolVLA), digits in the prompt (pi0.5), or not seen
     backbone: BackboneConfig
     expert: ExpertConfig
     head: HeadConfig
+    mixture: MixtureConfig | None = None
+    fast_slow: FastSlowConfig | None = None
+    conditions: ConditionConfig | None = None
+    committed: int = 0  # steps at most already under way when a chunk is asked for: trains their continuation
+    past: int = 0  # steps before the observation that are predicted too (past-token prediction)
+    history: int = 0  # states before the observation that the policy gets
 
     def __post_init__(self) -> None:
         if not 1 <= self.execute <= self.chunk:
             raise UsageError(f"policy.execute must be 1..chunk ({self.chunk}), got {self.execute}.")
+        if self.mixture is not None and self.mixture.horizons[-1] != self.chunk:
+            raise UsageError(
+                f"policy.mixture.horizons {list(self.mixture.horizons)} must end with policy.chunk, {self.chunk}."
+            )
+        if not 0 <= self.committed < self.chunk or min(self.past, self.history) < 0:
+            raise UsageError(
+                f"policy.committed must be 0..{self.chunk - 1}, policy.past and policy.history 0 or more, "
+                f"got {self.committed}, {self.past} and {self.history}."
+            )
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UsageError(f"policy.cameras needs one or more different names, got {self.cameras}.")
         adaptive = getattr(self.head, "time", "none") == "adarms"

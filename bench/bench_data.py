@@ -31,7 +31,7 @@ import numpy as np
 import torch
 
 from train.compute_stats import compute
-from train.dataset import LeRobotSource
+from train.dataset import LeRobotSource, View
 from train.frame_cache import CacheConfig, cached
 from train.lerobot_folder import Folder, open_folder
 from train.loader import Loader, Member
@@ -158,7 +158,7 @@ def equal_to_lerobot(recipe: Recipe, sources: list[LeRobotSource], size: int) ->
     indices = np.random.default_rng(1).integers(0, len(data), 24)
     same = True
     for source in sources:
-        raw = source.read(indices, list(recipe.cameras), size)
+        raw, (images, _) = source.steps(indices), source.pictures(indices, View(tuple(recipe.cameras), size))
         for j, i in enumerate(indices.tolist()):
             item = data[i]
             same &= np.array_equal(raw.actions[j], item[ACTION].numpy())
@@ -166,7 +166,7 @@ def equal_to_lerobot(recipe: Recipe, sources: list[LeRobotSource], size: int) ->
             for v, key in enumerate(recipe.cameras.values()):
                 theirs = item[key] if item[key].dtype == torch.uint8 else (item[key] * 255).round().to(torch.uint8)
                 if theirs.shape[1:] == (size, size):
-                    same &= np.array_equal(raw.images[j, v], theirs.permute(1, 2, 0).numpy())
+                    same &= np.array_equal(images[j, v], theirs.permute(1, 2, 0).numpy())
     return same
 
 
@@ -225,7 +225,7 @@ def run(root: Path, scratch: Path, rounds: int) -> dict[str, Any]:
     mode = folder.features[folder.cameras[0]]["dtype"]
     size = max(max(folder.features[key]["shape"][:2]) for key in recipe.cameras.values())
     source = LeRobotSource(recipe, CHUNK, "train")
-    mapped = cached(source, list(recipe.cameras), size, CacheConfig(scratch, 1000.0))
+    mapped = cached(source, [View(tuple(recipe.cameras), size)], CacheConfig(scratch, 1000.0))
     print(
         f"{len(source.episodes)} episodes, {len(source)} frames, {len(recipe.cameras)} cameras at {size} px, {mode}; "
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python {platform.python_version()}"

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from train.dataset import LeRobotSource
+from train.dataset import LeRobotSource, View
 from train.lerobot_folder import locate, open_folder
 from train.recipe import Language, Recipe, Split, Vector, load
 from vla.errors import DataError, UsageError
@@ -83,33 +83,29 @@ def test_equals_lerobots_own_tensors_bit_for_bit(kind: str, request: pytest.Fixt
     ends = [e.start + e.length - 1 for e in source.episodes]
     indices = np.concatenate([np.random.default_rng(1).integers(0, len(source), 60), ends, [0, 0]])
     size = 40 if kind == "image_recipe" else 64  # the cameras' own: nothing is resampled
-    raw = source.read(indices, list(recipe.cameras), size)
+    raw, instructions = source.steps(indices), source.instructions(indices)
+    images, _ = source.pictures(indices, View(tuple(recipe.cameras), size))
     assert len(source) == len(theirs) == 46
     for j, i in enumerate(indices.tolist()):
         item: dict[str, Any] = theirs[i]  # pyright: ignore[reportAssignmentType]
         assert np.array_equal(raw.state[j], item["observation.state"].numpy())
         assert np.array_equal(raw.actions[j], item["action"].numpy())
         assert np.array_equal(raw.valid[j], ~item["action_is_pad"].numpy())
-        assert raw.instructions[j] == item["task"]
+        assert instructions[j] == item["task"]
         for v, key in enumerate(recipe.cameras.values()):
             frame = item[key].permute(1, 2, 0).numpy()
             if frame.dtype == np.float32:
                 frame = (frame * 255).round().astype(np.uint8)
-            assert np.array_equal(raw.images[j, v], resize_with_pad(frame, size)), (i, key)
-    assert raw.images.dtype == np.uint8
+            assert np.array_equal(images[j, v], resize_with_pad(frame, size)), (i, key)
+    assert images.dtype == np.uint8
     assert raw.state.dtype == raw.actions.dtype == np.float32
 
 
 def test_an_absent_camera_is_blank_and_masked(image_recipe: Recipe) -> None:
-    raw = LeRobotSource(image_recipe, 2, "train").read(np.arange(3), ["wrist", "top"], 40)
-    assert raw.image_mask.tolist() == [False, True]
-    assert not raw.images[:, 0].any()
-    assert raw.images[:, 1].any()
-
-
-def test_cameras_that_the_recipe_does_not_know_are_refused(image_recipe: Recipe) -> None:
-    with pytest.raises(DataError, match=r"'left'.*Valid: top"):
-        LeRobotSource(image_recipe, 2, "train").read(np.arange(3), ["left"], 40)
+    images, present = LeRobotSource(image_recipe, 2, "train").pictures(np.arange(3), View(("wrist", "top"), 40))
+    assert present.tolist() == [False, True]
+    assert not images[:, 0].any()
+    assert images[:, 1].any()
 
 
 def test_statistics_are_not_needed(broken: Recipe) -> None:
@@ -128,11 +124,13 @@ def test_splits_are_by_episode_disjoint_and_complete(video_recipe: Recipe) -> No
     states, actions = held.statistics_arrays()
     assert states.shape == (len(held), 3)
     assert actions.shape == (len(held), 2)
-    raw = held.read(np.arange(len(held)), ["top"], 64)
+    raw = held.steps(np.arange(len(held)))
     assert np.array_equal(raw.state, states)
     assert np.array_equal(raw.actions[:, 0], actions)
     assert np.array_equal(raw.valid.sum(1), held.valid_steps(np.arange(len(held))))
-    assert raw.instructions == [f"task {e.index % 3}" for e in held.episodes for _ in range(e.length)]
+    assert held.instructions(np.arange(len(held))) == [
+        f"task {e.index % 3}" for e in held.episodes for _ in range(e.length)
+    ]
     assert LeRobotSource(recipe, 4, "train").episodes == train.episodes
 
 
@@ -180,7 +178,7 @@ def test_both_ends_of_large_files_enter_the_revision(
 
 def refused(recipe: Recipe, match: str) -> None:
     with pytest.raises(DataError, match=match) as caught:
-        LeRobotSource(recipe, 4, "train").read(np.arange(46), list(recipe.cameras), 64)
+        LeRobotSource(recipe, 4, "train").pictures(np.arange(46), View(tuple(recipe.cameras), 64))
     assert "\n" not in str(caught.value)
 
 
@@ -288,7 +286,7 @@ def test_a_picture_that_is_no_picture(tmp_path: Path, image_recipe: Recipe) -> N
     )
     recipe = replace(image_recipe, root=tmp_path / "copy")
     with pytest.raises(DataError, match="picture of row 3"):
-        LeRobotSource(recipe, 4, "train").read(np.arange(5), ["top"], 40)
+        LeRobotSource(recipe, 4, "train").pictures(np.arange(5), View(("top",), 40))
 
 
 def test_hub_is_asked_only_where_a_recipe_says_so(

@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 
-from train.dataset import LeRobotSource
+from train.dataset import LeRobotSource, View
 from train.recipe import Recipe
 from train.video import Decoder, DecoderPool
 from vla.errors import DataError
@@ -111,9 +111,9 @@ def test_a_corrupt_file_is_named(copied: Recipe, damage: str) -> None:
         content[start:] = bytes(len(content) - start)
     path.write_bytes(content)
     source = LeRobotSource(copied, 1, "train")
-    assert source.read(np.arange(len(source)), ["top"], 32).images.any()
+    assert source.pictures(np.arange(len(source)), View(("top",), 32))[0].any()
     with pytest.raises(DataError, match=str(path)):
-        source.read(np.arange(len(source)), CAMERAS, 32)
+        source.pictures(np.arange(len(source)), View(tuple(CAMERAS), 32))
 
 
 def test_repeated_rows_are_decoded_once(video_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,10 +121,10 @@ def test_repeated_rows_are_decoded_once(video_recipe: Recipe, monkeypatch: pytes
     calls: list[float] = []
     rgb = Decoder.rgb
     monkeypatch.setattr(Decoder, "rgb", lambda self, time_s: calls.append(time_s) or rgb(self, time_s))
-    raw = source.read(np.array([5, 9, 5, 5]), ["top"], 32)
+    images, _ = source.pictures(np.array([5, 9, 5, 5]), View(("top",), 32))
     assert calls == [0.5, pytest.approx(0.9)]
-    assert np.array_equal(raw.images[0], raw.images[2])
-    assert not np.array_equal(raw.images[0], raw.images[1])
+    assert np.array_equal(images[0], images[2])
+    assert not np.array_equal(images[0], images[1])
 
 
 def test_a_pool_closes_the_longest_unused(video_recipe: Recipe, tmp_path: Path) -> None:
@@ -158,19 +158,20 @@ FORK = """
 import os, sys
 import numpy as np
 from train.recipe import load
-from train.dataset import LeRobotSource
+from train.dataset import LeRobotSource, View
 
 source = LeRobotSource(load(sys.argv[1]), 2, "train")
 indices = np.arange(0, len(source), 3)
-before = source.read(indices, ["top", "wrist"], 48)
+view = View(("top", "wrist"), 48)
+before = source.pictures(indices, view)[0]
 children = []
 for _ in range(2):
     child = os.fork()
     if child == 0:
-        same = np.array_equal(source.read(indices, ["top", "wrist"], 48).images, before.images)
+        same = np.array_equal(source.pictures(indices, view)[0], before)
         os._exit(0 if same else 1)
     children.append(child)
-assert np.array_equal(source.read(indices, ["top", "wrist"], 48).images, before.images)
+assert np.array_equal(source.pictures(indices, view)[0], before)
 print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
 """
 
@@ -192,10 +193,11 @@ def test_a_forked_child_reads_what_its_parent_has_read(video_recipe: Recipe, tmp
 
 def test_a_spawned_child_can_be_given_an_open_source(video_recipe: Recipe) -> None:
     source = LeRobotSource(video_recipe, 2, "train")
-    here = source.read(np.arange(4), ["top"], 48)
+    view = View(("top",), 48)
+    here, _ = source.pictures(np.arange(4), view)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        there = pool.submit(source.read, np.arange(4), ["top"], 48).result(timeout=120)
-    assert np.array_equal(here.images, there.images)
+        there, _ = pool.submit(source.pictures, np.arange(4), view).result(timeout=120)
+    assert np.array_equal(here, there)
 
 
 def test_decoders_are_keyed_by_process(video_recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,4 +214,4 @@ def test_odd_sizes(write_lerobot: Callable[..., Path], recipe_of: Callable[..., 
     root = write_lerobot(tmp_path / "odd", "video", fps=10, cameras={"observation.images.c": (66, 50)})
     source = LeRobotSource(recipe_of(root, {"c": "observation.images.c"}, 10.0), 1, "train")
     straight = decoded(video_file(source.recipe, "c"))
-    assert np.array_equal(source.read(np.array([3]), ["c"], 66).images[0, 0, :, 8:58], straight[3])
+    assert np.array_equal(source.pictures(np.array([3]), View(("c",), 66))[0][0, 0, :, 8:58], straight[3])

@@ -1,11 +1,12 @@
 """A recipe's data set as training rows: checked at the door, read in batches.
 
 Rows are arrays in memory, an action chunk is a slice of them, and pictures are decoded for a whole batch
-at once. What comes out equals LeRobot's own tensors, pictures as uint8 at the model's size.
+at once. What comes out equals LeRobot's own tensors, pictures as uint8 at the model's size. Numbers and
+pictures are read apart: a policy with a slow and a fast path takes them from different moments.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -17,7 +18,8 @@ from train.lerobot_folder import RECOPY, Folder, locate, open_folder
 from train.recipe import Recipe
 from train.stored_images import ImageFrames
 from train.video import Decoder, DecoderPool, VideoFrames
-from vla.errors import DataError, UsageError, choose_from
+from vla.errors import DataError, UsageError
+from vla.policy_config import PolicyConfig
 
 BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
 
@@ -33,15 +35,37 @@ class Episode:
 
 
 @dataclass(frozen=True)
-class RawBatch:
-    """B frames as they were recorded: V cameras, H steps ahead, S and A dimensions."""
+class View:
+    """Pictures that a model looks at."""
 
-    images: np.ndarray  # (B, V, size, size, 3) uint8 RGB, aspect kept, black bars
-    image_mask: np.ndarray  # (V,) bool, false where the data set has no such camera
+    cameras: tuple[str, ...]  # the recipe's names, V
+    size: int  # pixels, side of the square
+
+
+def views(policy: PolicyConfig) -> tuple[View, View]:
+    """What a policy looks at in the observation, and together with each state (fast-slow training)."""
+    fast_slow = policy.fast_slow
+    fast = View(fast_slow.cameras, fast_slow.image_size) if fast_slow else View((), 0)
+    return View(policy.cameras, policy.image_size), fast
+
+
+@dataclass(frozen=True)
+class RawSteps:
+    """The numbers around B frames as they were recorded: S and A dimensions, H steps ahead."""
+
     state: np.ndarray  # (B, S) float32, units of the recipe's state spec
-    actions: np.ndarray  # (B, H, A) float32, units of its action spec; beyond the end the last row repeats
-    valid: np.ndarray  # (B, H) bool, false beyond the episode's end
-    instructions: list[str]  # (B,)
+    history: np.ndarray  # (B, p, S) float32, the p states before, oldest first; before the start the first repeats
+    actions: np.ndarray  # (B, past + H, A) float32, units of its action spec; outside the episode its end rows repeat
+    valid: np.ndarray  # (B, past + H) bool, false outside the episode
+
+
+@dataclass(frozen=True)
+class Around:
+    """Where B frames are, all as frames of the split."""
+
+    start: np.ndarray  # (B,) int64, its episode's first frame
+    first: np.ndarray  # (B,) int64, first of the frames around it, in its episode, that share its instruction
+    last: np.ndarray  # (B,) int64, the last of them
 
 
 class FrameReader(Protocol):
@@ -59,6 +83,8 @@ class LeRobotSource:
         recipe: which data set, and what its numbers mean.
         horizon: H, actions of a chunk, the frame's own action first.
         split: the training episodes, or those that the recipe holds out.
+        past: actions before the frame's own that a chunk begins with.
+        history: p, states before the frame's own.
 
     Raises:
         DataError: there is no data set, it is damaged, or it is not what the recipe says. Episodes in the
@@ -66,10 +92,15 @@ class LeRobotSource:
         UsageError: the recipe leaves no episode for this split.
     """
 
-    def __init__(self, recipe: Recipe, horizon: int, split: Literal["train", "validation"]) -> None:
-        if horizon < 1:
-            raise UsageError(f"A chunk needs at least one action, got a horizon of {horizon}.")
-        self.recipe, self.horizon, self.split = recipe, horizon, split
+    def __init__(
+        self, recipe: Recipe, horizon: int, split: Literal["train", "validation"], past: int = 0, history: int = 0
+    ) -> None:
+        if horizon < 1 or min(past, history) < 0:
+            raise UsageError(
+                f"A chunk needs at least one action, and past and history are 0 or more, got a horizon of {horizon}, "
+                f"past {past} and history {history}."
+            )
+        self.recipe, self.horizon, self.split, self.past, self.history = recipe, horizon, split, past, history
         self.folder = open_folder(locate(recipe))
         dataset_checks.declared(recipe, self.folder)
         table = self.folder.read([*BOOKKEEPING, recipe.state.key, recipe.action.key])
@@ -84,10 +115,13 @@ class LeRobotSource:
         if recipe.language.source == "task":
             dataset_checks.tasks(self.folder, table, self.kept_rows)
         self.episodes = self._choose(kept)
-        bounds = [(e.row, e.row + e.length) for e in self.episodes]
-        self._rows = np.concatenate([np.arange(a, b) for a, b in bounds])  # (n,) rows of the data set
-        self._stop = np.repeat([b for _, b in bounds], [b - a for a, b in bounds])  # (n,) end of each's episode
-        self._frames = self._readers(table)
+        lengths = [e.length for e in self.episodes]
+        self._rows = np.concatenate([np.arange(e.row, e.row + e.length) for e in self.episodes])  # (n,) of the data set
+        self._first = np.repeat([e.row for e in self.episodes], lengths)  # (n,) first row of each frame's episode
+        self._last = np.repeat([e.row + e.length - 1 for e in self.episodes], lengths)  # (n,) and its last
+        self._frames: dict[tuple[str, int | None], FrameReader] = {
+            (name, None): reader for name, reader in self._readers(table).items()
+        }  # by camera and size; None: any
 
     def __len__(self) -> int:
         """Frames of this split; each can be a sample."""
@@ -108,38 +142,47 @@ class LeRobotSource:
 
     def valid_steps(self, indices: np.ndarray) -> np.ndarray:
         """(B,) int64, how many actions of each frame's chunk lie inside its episode."""
-        return np.minimum(self._stop[indices] - self._rows[indices], self.horizon)
+        rows = self._rows[indices]
+        before = np.minimum(rows - self._first[indices], self.past)
+        return before + np.minimum(self._last[indices] + 1 - rows, self.horizon)
 
-    def read(self, indices: np.ndarray, cameras: Sequence[str], size: int) -> RawBatch:
-        """The frames `indices` (B,) int64 of this split, with pictures of `cameras` at `size` pixels.
+    def steps(self, indices: np.ndarray) -> RawSteps:
+        """States and actions at and around the frames `indices` (B,) int64 of this split."""
+        rows, first, last = (a[indices][:, None] for a in (self._rows, self._first, self._last))  # (B, 1)
+        chunk = rows + np.arange(-self.past, self.horizon)  # (B, past + H)
+        before = np.maximum(rows + np.arange(-self.history, 0), first)  # (B, p)
+        inside = np.clip(chunk, first, last)
+        return RawSteps(
+            state=self._state[rows[:, 0]],
+            history=self._state[before],
+            actions=self._action[inside],
+            valid=inside == chunk,
+        )
+
+    def pictures(self, indices: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """The pictures of the frames `indices` (B,), and which cameras the data set has; the others are black.
+
+        Returns:
+            (B, V, size, size, 3) uint8 RGB, aspect kept, black bars; (V,) bool.
 
         Raises:
-            DataError: none of `cameras` is in the recipe, or a picture cannot be decoded.
+            DataError: a picture cannot be decoded.
         """
-        present = np.array([name in self.recipe.cameras for name in cameras])
-        if not present.any():
-            raise DataError(
-                f"The policy's cameras {list(cameras)} are not in recipe {self.recipe.name!r}."
-                f"{choose_from(cameras[0], self.recipe.cameras)}"
-            )
+        present = np.array([name in self.recipe.cameras for name in view.cameras], bool)
         rows = self._rows[indices]
-        images = np.empty((len(rows), len(cameras), size, size, 3), np.uint8)
-        for v, name in enumerate(cameras):
+        images = np.empty((len(rows), len(view.cameras), view.size, view.size, 3), np.uint8)
+        for v, name in enumerate(view.cameras):
             if present[v]:
-                self._frames[name].read(rows, size, images[:, v])
+                self.frame_reader(name, view.size).read(rows, view.size, images[:, v])
             else:
                 images[:, v] = 0
-        ahead = np.arange(self.horizon)
-        last = self._stop[indices] - 1
-        chunk = np.minimum(rows[:, None] + ahead, last[:, None])  # (B, H)
-        return RawBatch(
-            images=images,
-            image_mask=present,
-            state=self._state[rows],
-            actions=self._action[chunk],
-            valid=rows[:, None] + ahead <= last[:, None],
-            instructions=self.instructions(indices),
-        )
+        return images, present
+
+    def around(self, indices: np.ndarray) -> Around:
+        """Where the frames `indices` (B,) are in their episodes."""
+        first, last = self._same_instruction
+        start = indices - (self._rows[indices] - self._first[indices])
+        return Around(start=start, first=first[indices], last=last[indices])
 
     def instructions(self, indices: np.ndarray) -> list[str]:
         """(B,) what the robot was told at each frame."""
@@ -148,15 +191,26 @@ class LeRobotSource:
             return [language.text or ""] * len(indices)
         return [self.folder.tasks[t] for t in self._task[self._rows[indices]].tolist()]
 
-    def frame_reader(self, camera: str) -> FrameReader:
-        """What reads the pictures of one of the recipe's cameras, by row of the data set."""
-        return self._frames[camera]
+    def frame_reader(self, camera: str, size: int) -> FrameReader:
+        """What reads the pictures of one of the recipe's cameras at `size` pixels, by row of the data set."""
+        return self._frames.get((camera, size)) or self._frames[camera, None]
 
-    def with_frames(self, readers: Mapping[str, FrameReader]) -> "LeRobotSource":
-        """The same source, with the pictures of some cameras read from elsewhere."""
+    def with_frames(self, readers: Mapping[tuple[str, int], FrameReader]) -> "LeRobotSource":
+        """The same source, with the pictures of some cameras at some sizes read from elsewhere."""
         other = copy.copy(self)
         other._frames = {**self._frames, **readers}
         return other
+
+    @cached_property
+    def _same_instruction(self) -> tuple[np.ndarray, np.ndarray]:
+        """(n,) first and last frame of the run, inside one episode and with one instruction, that holds each frame."""
+        begins = np.zeros(len(self) + 1, bool)
+        begins[[0, -1, *(e.start for e in self.episodes)]] = True
+        if self.recipe.language.source == "task":
+            begins[1:-1] |= np.diff(self._task[self._rows]) != 0
+        edges = np.flatnonzero(begins)
+        lengths = np.diff(edges)
+        return np.repeat(edges[:-1], lengths), np.repeat(edges[1:] - 1, lengths)
 
     def _choose(self, kept: np.ndarray) -> list[Episode]:
         """This split's episodes; which ones depends on the recipe's seed alone."""

@@ -1,6 +1,6 @@
 """What a data set must satisfy before anything is learned from it. Each failure is one `DataError`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,6 +23,14 @@ def declared(recipe: Recipe, folder: Folder) -> None:
             raise DataError(f"Camera {key!r} of {folder.root} is a depth map; policies here read RGB pictures.")
     for role, vector in (("state", recipe.state), ("action", recipe.action)):
         _vector(role, vector, recipe, folder)
+
+
+def cameras(recipe: Recipe, wanted: Sequence[str]) -> None:
+    """The recipe has one of the policy's cameras."""
+    if not set(wanted) & recipe.cameras.keys():
+        raise DataError(
+            f"Recipe {recipe.name!r} has none of policy.cameras {list(wanted)}.{choose_from(wanted[0], recipe.cameras)}"
+        )
 
 
 def _vector(role: str, vector: Vector, recipe: Recipe, folder: Folder) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from train.dataset import LeRobotSource
+from train.dataset import LeRobotSource, View
 from vla import files
 from vla.errors import TandemError, UsageError
 
@@ -42,22 +42,19 @@ class CacheConfig:
 
 
 class MappedFrames:
-    """The frames of one camera of a data set out of a memory map."""
+    """The frames of one camera of a data set at one size, out of a memory map."""
 
     def __init__(self, path: Path, frames: int, size: int) -> None:
-        self._path, self._size = path, size
         self._map = np.asarray(np.memmap(path, np.uint8, "r", shape=(frames, size, size, 3)))
 
     def read(self, rows: np.ndarray, size: int, out: np.ndarray) -> None:
-        """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,)."""
-        if size != self._size:
-            raise TandemError(f"{self._path} holds pictures of {self._size} px, but {size} px are asked for.")
+        """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,); `size` is the map's."""
         for i, row in enumerate(rows.tolist()):
             out[i] = self._map[row]
 
 
-def cached(source: LeRobotSource, cameras: Sequence[str], size: int, config: CacheConfig) -> LeRobotSource:
-    """`source` with the pictures of `cameras` decoded once; makes what is missing, and says so.
+def cached(source: LeRobotSource, views: Sequence[View], config: CacheConfig) -> LeRobotSource:
+    """`source` with the pictures of `views` decoded once; makes what is missing, and says so.
 
     Both splits of a recipe share one cache. Processes that ask for the same cache wait for the first.
 
@@ -65,26 +62,30 @@ def cached(source: LeRobotSource, cameras: Sequence[str], size: int, config: Cac
         TandemError: the pictures do not fit into the budget or onto the disk.
         DataError: a picture cannot be decoded.
     """
-    cameras = [name for name in cameras if name in source.recipe.cameras]
-    frames = source.folder.total_frames
-    one = frames * size * size * 3  # bytes
-    wanted = {name: _about(source, name, size) for name in cameras}
-    paths = {name: config.folder / _name(about) for name, about in wanted.items()}
-    if one * len(cameras) > config.budget_gb * GB:
+    frames, has = source.folder.total_frames, source.recipe.cameras
+    sizes = {(name, view.size): frames * view.size**2 * 3 for view in views for name in view.cameras if name in has}
+    about = {key: _about(source, *key) for key in sizes}
+    paths = {key: config.folder / _name(about[key]) for key in sizes}
+    total = sum(sizes.values())  # bytes
+    if total > config.budget_gb * GB:
         raise TandemError(
-            f"{frames} frames of {len(cameras)} cameras at {size} px take {one * len(cameras) / GB:.2f} GB decoded; "
-            f"cache.budget_gb is {config.budget_gb:g}. Raise it, or train without a cache (cache: null)."
+            f"{frames} frames of {_listed(sizes)} take {total / GB:.2f} GB decoded; cache.budget_gb is "
+            f"{config.budget_gb:g}. Raise it, or train without a cache (cache: null)."
         )
     files.require_writable(config.folder)
     with _alone(config.folder):
-        missing = [name for name in cameras if not _complete(paths[name], wanted[name], one)]
-        _make_room(config, keep=set(paths.values()), bytes_needed=one * len(cameras))
-        _require_free(config.folder, one * len(missing))
-        for name in missing:
-            _build(source, name, size, paths[name], wanted[name])
+        missing = [key for key in sizes if not _complete(paths[key], about[key], sizes[key])]
+        _make_room(config, keep=set(paths.values()), bytes_needed=total)
+        _require_free(config.folder, sum(sizes[key] for key in missing))
+        for key in missing:
+            _build(source, *key, paths[key], about[key])
         for path in paths.values():
             os.utime(path)  # marks its last use
-    return source.with_frames({name: MappedFrames(path / "frames.u8", frames, size) for name, path in paths.items()})
+    return source.with_frames({key: MappedFrames(paths[key] / "frames.u8", frames, key[1]) for key in sizes})
+
+
+def _listed(keys: Iterable[tuple[str, int]]) -> str:
+    return ", ".join(f"{camera!r} at {size} px" for camera, size in keys)
 
 
 def _about(source: LeRobotSource, camera: str, size: int) -> dict[str, Any]:
@@ -142,7 +143,7 @@ def _require_free(folder: Path, bytes_needed: int) -> None:
 
 def _build(source: LeRobotSource, camera: str, size: int, path: Path, about: dict[str, Any]) -> None:
     """Decode all rows that the recipe keeps; the others stay empty."""
-    reader, rows = source.frame_reader(camera), source.kept_rows
+    reader, rows = source.frame_reader(camera, size), source.kept_rows
     frame_bytes = size * size * 3
     buffer = np.empty((CHUNK, size, size, 3), np.uint8)
     console = Console(stderr=True)

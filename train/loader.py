@@ -4,7 +4,6 @@ What a step gets is a pure function of (seed, step, rank), so training resumes e
 and a global batch is the same however it is divided.
 """
 
-import time
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,9 +14,10 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from train.dataset import RawBatch
+from train import dataset_checks
+from train.dataset import Around, RawSteps, View, views
 from train.recipe import Recipe
-from train.sampler import MixtureSampler
+from train.sampler import MixtureSampler, observe
 from vla.batch import Batch
 from vla.errors import UsageError
 from vla.processor import Processor
@@ -28,13 +28,21 @@ class Source(Protocol):
     """What a member reads from; `train.dataset.LeRobotSource` is one."""
 
     horizon: int
+    past: int
+    history: int
     recipe: Recipe
 
     def __len__(self) -> int: ...
 
     def valid_steps(self, indices: np.ndarray) -> np.ndarray: ...
 
-    def read(self, indices: np.ndarray, cameras: Sequence[str], size: int) -> RawBatch: ...
+    def around(self, indices: np.ndarray) -> Around: ...
+
+    def steps(self, indices: np.ndarray) -> RawSteps: ...
+
+    def pictures(self, indices: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def instructions(self, indices: np.ndarray) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -46,8 +54,20 @@ class Member:
     weight: float  # relative share of the samples
 
 
+@dataclass(frozen=True)
+class Samples:
+    """R observations of a mixture and the K frames that each of them serves, of one episode."""
+
+    member: np.ndarray  # (R,) int64
+    observed: np.ndarray  # (R,) int64, the frame whose pictures are encoded
+    frames: np.ndarray  # (R, K) int64, the frames whose states and actions are trained on that encoding
+
+    def at(self, rows: np.ndarray) -> "Samples":
+        return Samples(self.member[rows], self.observed[rows], self.frames[rows])
+
+
 class Loader:
-    """Batches of a mixture for one rank.
+    """Batches of a mixture for one rank. A row is a state and a chunk; K rows may share an observation.
 
     Args:
         members: the mixture; all processors ask for the same shapes.
@@ -74,37 +94,40 @@ class Loader:
         prefetch: int,
         threads: int = 1,
     ) -> None:
-        parts = accumulation * world_size
+        _check_members(members)
+        self._config = members[0].processor.config
+        fast_slow = self._config.fast_slow
+        self._shared = fast_slow.frames if fast_slow else 1  # K
+        parts = accumulation * world_size * self._shared
         if min(accumulation, world_size, global_batch) < 1 or global_batch % parts:
+            share = f", with {self._shared} rows to an observation (policy.fast_slow.frames)" if fast_slow else ""
             raise UsageError(
                 f"A global batch of {global_batch} rows cannot be divided evenly into {accumulation} accumulation "
-                f"steps on {world_size} processes: it must be a multiple of {parts}."
+                f"steps on {world_size} processes{share}: it must be a multiple of {parts}."
             )
         if not 0 <= rank < world_size:
             raise UsageError(f"The rank must be 0..{world_size - 1}, got {rank}.")
         if prefetch < 0 or threads < 1:
             raise UsageError(f"prefetch must be 0 or more and threads 1 or more, got {prefetch} and {threads}.")
-        _check_members(members)
         self._members = tuple(members)
         self._global, self._accumulation = global_batch, accumulation
         self._rank, self._world = rank, world_size
         self._prefetch, self._threads = prefetch, threads
         lengths, weights = [len(m.source) for m in members], [m.weight for m in members]
         self._sampler = MixtureSampler(lengths, weights, seed)
-        self.waited_s = 0.0  # time `stream` kept its consumer waiting for data, in total
 
     def micro_batches(self, step: int) -> list[Batch]:
         """This rank's `accumulation` micro-batches of optimiser step `step`, counted from 0."""
-        member, frame = self._sampler.draw(step * self._global, self._global)
-        entries = self._entries(member, frame)
+        samples = self._draw(step)
+        entries = self._entries(samples)
         parts = self._accumulation * self._world
-        rows = np.arange(self._global).reshape(parts, -1)
+        places = np.arange(len(samples.member)).reshape(parts, -1)
         noise_seed = self._sampler.noise_seed(step)
         batches = []
         for i in range(self._accumulation):
-            here = rows[i * self._world + self._rank]
+            here = places[i * self._world + self._rank]
             scale = float(entries[here].sum() * parts / entries.sum())
-            batches.append(self._assemble(member[here], frame[here], here, noise_seed, scale))
+            batches.append(self._assemble(samples.at(here), here, noise_seed, scale))
         return batches
 
     def stream(self, first_step: int) -> Generator[tuple[int, list[Batch]], None, None]:
@@ -114,44 +137,62 @@ class Loader:
         """
         if not self._prefetch:
             for step in count(first_step):
-                began = time.monotonic()
-                batches = self.micro_batches(step)
-                self.waited_s += time.monotonic() - began
-                yield step, batches
+                yield step, self.micro_batches(step)
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="loader")
         ahead: deque[Future[list[Batch]]] = deque()
         try:
             for step in count(first_step):
                 while len(ahead) < self._prefetch:
                     ahead.append(pool.submit(self.micro_batches, step + len(ahead)))
-                began = time.monotonic()
                 batches = ahead.popleft().result()
-                self.waited_s += time.monotonic() - began
                 ahead.append(pool.submit(self.micro_batches, step + 1 + len(ahead)))
                 yield step, batches
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _entries(self, member: np.ndarray, frame: np.ndarray) -> np.ndarray:
-        """(global_batch,) numbers that count in each row's loss: valid steps times real action dimensions."""
-        entries = np.empty(len(member), np.int64)
+    def _draw(self, step: int) -> Samples:
+        """What the global batch of `step` is made of."""
+        count = self._global // self._shared
+        member, frame = self._sampler.draw(step * count, count)
+        if self._config.fast_slow is None:
+            return Samples(member, frame, frame[:, None])
+        ages = self._sampler.ages(step, count, self._config.fast_slow)
+        samples = Samples(member, np.empty_like(frame), np.empty_like(ages))
         for m in np.unique(member).tolist():
-            chosen, here = self._members[m], member == m
+            here = member == m
+            around = self._members[m].source.around(frame[here])
+            samples.observed[here], samples.frames[here] = observe(
+                frame[here], ages[here], around.start, around.first, around.last
+            )
+        return samples
+
+    def _entries(self, samples: Samples) -> np.ndarray:
+        """(R, K) numbers that count in each row's loss: valid steps times real action dimensions."""
+        entries = np.empty_like(samples.frames)
+        for m in np.unique(samples.member).tolist():
+            chosen, here = self._members[m], samples.member == m
             dims = int(chosen.processor.codec.dim_mask().sum())
-            entries[here] = chosen.source.valid_steps(frame[here]) * dims
+            frames = samples.frames[here]
+            entries[here] = chosen.source.valid_steps(frames.ravel()).reshape(frames.shape) * dims
         return entries
 
-    def _assemble(
-        self, member: np.ndarray, frame: np.ndarray, rows: np.ndarray, noise_seed: int, scale: float
-    ) -> Batch:
-        ids = np.unique(member).tolist()
-        pieces = [(np.flatnonzero(member == m), _fields(self._members[m], frame[member == m])) for m in ids]
-        fields = pieces[0][1] if len(pieces) == 1 else _merge(len(member), pieces)
+    def _assemble(self, samples: Samples, places: np.ndarray, noise_seed: int, scale: float) -> Batch:
+        """A micro-batch of the observations at `places` (R,) of the global batch."""
+        observations, rows = [], []
+        for m in np.unique(samples.member).tolist():
+            here = np.flatnonzero(samples.member == m)
+            part = samples.at(here)
+            observations.append((here, _observations(self._members[m], part)))
+            rows.append((_rows(here, self._shared), _answers(self._members[m], part.frames.ravel())))
+        fields = _merge(len(places), observations) | _merge(samples.frames.size, rows)
         longest = int(fields["token_mask"].sum(axis=1).max())  # prompts are padded on the right
         fields |= {name: np.ascontiguousarray(fields[name][:, :longest]) for name in ("tokens", "token_mask")}
+        age = samples.frames - samples.observed[:, None]
         return Batch(
             **{name: torch.from_numpy(values) for name, values in fields.items()},
-            rows=torch.from_numpy(rows),
+            observation=torch.from_numpy(np.repeat(np.arange(len(places)), self._shared)),
+            age=torch.from_numpy(age.ravel().astype(np.float32)),
+            rows=torch.from_numpy(_rows(places, self._shared)),
             global_size=self._global,
             noise_seed=noise_seed,
             loss_scale=scale,
@@ -161,40 +202,61 @@ class Loader:
 def _check_members(members: Sequence[Member]) -> None:
     if not members:
         raise UsageError("Training needs at least one data set.")
-    first = members[0].processor
+    config = members[0].processor.config
     for member in members:
-        if member.processor.config != first.config:
+        source, codec = member.source, member.processor.codec
+        if member.processor.config != config:
             raise UsageError("All data sets of a mixture must be prepared for the same policy configuration.")
-        if member.source.horizon != first.config.chunk:
-            raise UsageError(
-                f"A source reads chunks of {member.source.horizon} actions, the policy's chunk is {first.config.chunk}."
-            )
-        recipe, codec = member.source.recipe, member.processor.codec
-        between = f"recipe {recipe.name!r} and of the statistics that prepare its numbers"
-        require_same(recipe.state.spec, codec.state_spec, f"state of {between}")
-        require_same(recipe.action.spec, codec.action_spec, f"action of {between}")
+        for name, got, due in (
+            ("chunk", source.horizon, config.chunk),
+            ("past", source.past, config.past),
+            ("history", source.history, config.history),
+        ):
+            if got != due:
+                raise UsageError(f"A source reads with a {name} of {got} steps, policy.{name} is {due}.")
+        dataset_checks.cameras(source.recipe, config.cameras)
+        between = f"recipe {source.recipe.name!r} and of the statistics that prepare its numbers"
+        require_same(source.recipe.state.spec, codec.state_spec, f"state of {between}")
+        require_same(source.recipe.action.spec, codec.action_spec, f"action of {between}")
 
 
-def _fields(member: Member, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """The array fields of a `Batch`, made from one member's frames."""
-    processor = member.processor
-    raw = member.source.read(indices, processor.config.cameras, processor.config.image_size)
-    tokens, token_mask = zip(*(processor.text(text) for text in raw.instructions), strict=True)
-    dim_mask = processor.codec.dim_mask()
+def _rows(places: np.ndarray, shared: int) -> np.ndarray:
+    """(R,) observations -> (R * K,) their rows, in the order of `Batch`."""
+    return (places[:, None] * shared + np.arange(shared)).ravel()
+
+
+def _observations(member: Member, samples: Samples) -> dict[str, np.ndarray]:
+    """The fields of a `Batch` with one entry for each observation: pictures as they were, what is asked for now."""
+    images, present = member.source.pictures(samples.observed, views(member.processor.config)[0])
+    texts = member.source.instructions(samples.frames[:, 0])
+    tokens, token_mask = zip(*(member.processor.text(text) for text in texts), strict=True)
     return {
-        "images": raw.images,
-        "image_mask": np.repeat(raw.image_mask[None], len(indices), axis=0),
+        "images": images,
+        "image_mask": np.repeat(present[None], len(images), axis=0),
         "tokens": np.stack(tokens),
         "token_mask": np.stack(token_mask),
-        "state": processor.codec.encode_state(raw.state),
-        "actions": processor.codec.encode_actions(raw.actions),
+    }
+
+
+def _answers(member: Member, frames: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of a `Batch` with one entry for each row."""
+    codec, raw = member.processor.codec, member.source.steps(frames)
+    images, present = member.source.pictures(frames, views(member.processor.config)[1])
+    return {
+        "fast_images": images,
+        "fast_image_mask": np.repeat(present[None], len(frames), axis=0),
+        "state": codec.encode_state(raw.state),
+        "history": codec.encode_state(raw.history),
+        "actions": codec.encode_actions(raw.actions),
         "valid": raw.valid,
-        "dim_mask": np.repeat(dim_mask[None], len(indices), axis=0),
+        "dim_mask": np.repeat(codec.dim_mask()[None], len(frames), axis=0),
     }
 
 
 def _merge(size: int, pieces: list[tuple[np.ndarray, dict[str, np.ndarray]]]) -> dict[str, np.ndarray]:
     """Rows of several members in one array for each field."""
+    if len(pieces) == 1:
+        return pieces[0][1]
     merged = {name: np.empty((size, *values.shape[1:]), values.dtype) for name, values in pieces[0][1].items()}
     for rows, fields in pieces:
         for name, values in fields.items():

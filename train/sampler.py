@@ -1,7 +1,8 @@
 """Which frames make up each global batch: a pure function of the seed and the sample's number.
 
 Every member of a mixture is visited in shuffled epochs without replacement. How members take turns is
-shuffled inside blocks, each of which holds every member exactly as often as its weight says.
+shuffled inside blocks, each of which holds every member exactly as often as its weight says. In fast-slow
+training a sample is a frame with an older observation, which serves other frames near it too.
 """
 
 from collections.abc import Sequence
@@ -10,9 +11,10 @@ from functools import lru_cache
 import numpy as np
 
 from vla.errors import UsageError
+from vla.policy_config import FastSlowConfig
 
 BLOCK = 4096  # samples; weights are kept to one part in this many
-_TURNS, _EPOCH, _NOISE = 0, 1, 2  # separate the streams of random numbers
+_TURNS, _EPOCH, _NOISE, _AGES = 0, 1, 2, 3  # separate the streams of random numbers
 
 
 class MixtureSampler:
@@ -60,6 +62,12 @@ class MixtureSampler:
         state = np.random.SeedSequence([self._seed, _NOISE, step]).generate_state(1, np.uint64)
         return int(state[0] >> np.uint64(1))
 
+    def ages(self, step: int, count: int, law: FastSlowConfig) -> np.ndarray:
+        """(count, K) int64 control steps from each observation of `step` to the K frames it is drawn for."""
+        draw, shape = self._generator(_AGES, step), (count, law.frames)
+        fresh = draw.random(shape) < law.fresh_share
+        return np.where(fresh, 0, draw.integers(law.min_age, law.max_age + 1, shape))
+
     def _make_turns(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """(BLOCK,) the member of each sample, and how many of its samples in this block came before."""
         members = np.repeat(np.arange(len(self._shares)), self._shares)
@@ -75,6 +83,26 @@ class MixtureSampler:
 
     def _generator(self, *stream: int) -> np.random.Generator:
         return np.random.default_rng([self._seed, *stream])
+
+
+def observe(
+    frame: np.ndarray, ages: np.ndarray, start: np.ndarray, first: np.ndarray, last: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Each sampled frame's observation, and the frames that it serves.
+
+    Args:
+        frame: (R,) the sampled frames.
+        ages: (R, K) control steps, the sampled frames' own first.
+        start: (R,) the first frame of each one's episode; no observation is older.
+        first, last: (R,) bounds of the frames that an observation may serve.
+
+    Returns:
+        (R,) the observation; (R, K) the frames, the sampled one first. A true age is frame minus observation.
+    """
+    observed = np.maximum(frame - ages[:, 0], start)
+    frames = np.clip(observed[:, None] + ages, first[:, None], last[:, None])
+    frames[:, 0] = frame
+    return observed, frames
 
 
 def _shares(weights: np.ndarray) -> np.ndarray:

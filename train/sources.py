@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from train import compute_stats, frame_cache, recipe
-from train.dataset import LeRobotSource
+from train import compute_stats, dataset_checks, frame_cache, recipe
+from train.dataset import LeRobotSource, views
 from train.recipe import Recipe
 from train.train_config import DataConfig
 from vla.cli import require
 from vla.config import digest
-from vla.errors import DataError, UsageError, choose_from
+from vla.errors import UsageError
 from vla.policy_config import PolicyConfig
 from vla.stats import Statistics
 from vla.types import require_same
@@ -78,13 +78,9 @@ def _require_fit(r: Recipe, policy: PolicyConfig) -> None:
             raise UsageError(
                 f"policy.{name} is {dim}, but recipe {r.name!r} has {spec.dim} dimensions {spec.names}. Raise it."
             )
-    if not set(policy.cameras) & r.cameras.keys():
-        raise DataError(
-            f"Recipe {r.name!r} has none of policy.cameras {list(policy.cameras)}."
-            f"{choose_from(policy.cameras[0], r.cameras)}"
-        )
+    dataset_checks.cameras(r, policy.cameras)
 
 
 def _open(r: Recipe, data: DataConfig, policy: PolicyConfig, split: Literal["train", "validation"]) -> LeRobotSource:
-    source = LeRobotSource(r, policy.chunk, split)
-    return frame_cache.cached(source, policy.cameras, policy.image_size, data.cache) if data.cache else source
+    source = LeRobotSource(r, policy.chunk, split, policy.past, policy.history)
+    return frame_cache.cached(source, views(policy), data.cache) if data.cache else source

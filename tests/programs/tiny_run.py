@@ -90,6 +90,10 @@ def global_batch(step: int, options: Options) -> dict[str, Tensor]:
         "actions": state[:, None, :ACTION] * torch.arange(1.0, HORIZON + 1)[:, None] / HORIZON,
         "valid": torch.arange(HORIZON) < length[:, None],
         "dim_mask": torch.ones(rows, ACTION, dtype=torch.bool),
+        "age": torch.zeros(rows),
+        "history": torch.zeros(rows, 0, STATE),
+        "fast_images": torch.zeros(rows, 0, 0, 0, 3, dtype=torch.uint8),
+        "fast_image_mask": torch.zeros(rows, 0, dtype=torch.bool),
     }
 
 
@@ -101,7 +105,7 @@ def micro_batches(step: int, options: Options, cluster: Cluster) -> list[Batch]:
     for i in range(options.accumulation):
         here = rows[i * cluster.size + cluster.rank]
         scale = float(whole["valid"][here].sum() * parts / whole["valid"].sum())
-        fields: dict[str, Any] = {k: v[here] for k, v in whole.items()}
+        fields: dict[str, Any] = {k: v[here] for k, v in whole.items()} | {"observation": torch.arange(len(here))}
         seed = -1 if step == options.huge_at else step
         batches.append(Batch(**fields, rows=here, global_size=options.global_batch, noise_seed=seed, loss_scale=scale))
     return batches
@@ -111,7 +115,8 @@ def whole_batch(step: int, options: Options) -> Batch:
     """The global batch in one piece."""
     fields: dict[str, Any] = global_batch(step, options)
     rows = options.global_batch
-    return Batch(**fields, rows=torch.arange(rows), global_size=rows, noise_seed=step, loss_scale=1.0)
+    every = torch.arange(rows)
+    return Batch(**fields, observation=every, rows=every, global_size=rows, noise_seed=step, loss_scale=1.0)
 
 
 def stream(first: int, options: Options, cluster: Cluster) -> Generator[tuple[int, list[Batch]]]:

@@ -52,7 +52,7 @@ ONLY_HERE = {
     # Each resolves a hub id that the user wrote: of a data set, of a backbone.
     "huggingface_hub": {"train/lerobot_folder.py", "vla/backbone.py"},
     "transformers": {"vla/backbone.py"},
-    "tokenizers": {"vla/tokenizer.py"},
+    "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
     "safetensors": {"vla/checkpoint.py", "train/training_state.py"},  # the policy, the optimizer beside it
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),

@@ -5,6 +5,7 @@ With `LockstepClock` thinking costs no time (the usual way to evaluate in simula
 ticks it took, during which the arm holds, and an episode has as many ticks as in lock-step.
 
 Pictures are taken only when a new chunk is wanted: rendering is nearly the whole cost of a simulated step.
+A policy that also looks at what lies between (`vla.types.Watcher`) is shown one at every step.
 Failures end in a held arm and an `Episode` with an error, never in an exception.
 """
 
@@ -24,7 +25,7 @@ from robot import chunks, safety
 from robot.clock import Clock, Rate
 from robot.robot import Robot, SimulatedRobot
 from vla.errors import TandemError
-from vla.types import ActionChunk, Decision, Policy, require_same
+from vla.types import ActionChunk, Decision, Observation, Policy, Watcher, require_same
 
 T = TypeVar("T")
 
@@ -130,12 +131,14 @@ def _drive(
         _guard(lambda: policy.reset(seed))
         chunk = _ask(robot, policy, clock, log)
         rate = Rate(clock, robot.action_spec.rate_hz)  # time starts when there is something to do
-        plan = chunks.insert(chunks.Plan(), chunk, rate.tick_s)
+        plan, began_s = chunks.insert(chunks.Plan(), chunk, rate.tick_s), rate.tick_s
         while not _ended(robot, log):
             if chunks.used_up(plan, rate.tick_s):
                 chunk = _ask(robot, policy, clock, log)
                 _hold_missed(robot, rate, log)
                 plan = chunks.insert(plan, chunk, rate.tick_s)  # the arm held: row 0 is due now
+            elif isinstance(policy, Watcher) and rate.tick_s > began_s:
+                _show(robot, policy, clock, log)
             if _ended(robot, log):
                 return
             _send(robot, chunks.action_at(plan, rate.tick_s), log)
@@ -154,23 +157,33 @@ def _ended(robot: SimulatedRobot, log: _Log) -> bool:
 
 
 def _ask(robot: Robot, policy: Policy, clock: Clock, log: _Log) -> ActionChunk:
-    """A new chunk for what the robot sees now.
-
-    A simulator stands still while its picture is taken, so that the moment before is the capture time
-    on the loop's own clock, whichever clock the simulator stamped with.
-    """
-    stamp_s = clock.now()
-    observation = dataclasses.replace(robot.observe(), stamp_s=stamp_s, instruction=log.instruction)
+    """A new chunk for what the robot sees now."""
+    observation = _look(robot, clock, log)
     began = time.perf_counter()
     try:
         chunk = _guard(lambda: policy.infer(observation))
     finally:
         log.latency_ms.append(1e3 * (time.perf_counter() - began))
-    rule = safety.refuse_chunk(chunk, robot.action_spec, stamp_s)
+    rule = safety.refuse_chunk(chunk, robot.action_spec, observation.stamp_s)
     if rule:
         log.verdicts[f"{Decision.HOLD.value}:{rule}"] += 1
         raise _Refused(f"chunk refused by safety rule {rule!r}: {_shown(chunk)}")
     return chunk
+
+
+def _show(robot: Robot, watcher: Watcher, clock: Clock, log: _Log) -> None:
+    observation = _look(robot, clock, log)
+    _guard(lambda: watcher.watch(observation))
+
+
+def _look(robot: Robot, clock: Clock, log: _Log) -> Observation:
+    """What the robot sees now.
+
+    A simulator stands still while its picture is taken, so that the moment before is the capture time
+    on the loop's own clock, whichever clock the simulator stamped with.
+    """
+    stamp_s = clock.now()
+    return dataclasses.replace(robot.observe(), stamp_s=stamp_s, instruction=log.instruction)
 
 
 def _hold_missed(robot: SimulatedRobot, rate: Rate, log: _Log) -> None:

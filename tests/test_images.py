@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vla.images import resize_with_pad
+from vla.images import letterbox, resize_with_pad
 
 
 @given(st.integers(1, 60), st.integers(1, 60), st.integers(1, 40))
@@ -50,3 +50,13 @@ def test_enlarging_interpolates() -> None:
 def test_channels_keep_their_order() -> None:
     image = np.zeros((20, 10, 3), np.uint8) + np.array([10, 100, 200], np.uint8)
     assert resize_with_pad(image, 10)[5, 5].tolist() == [10, 100, 200]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "bars"), [(8, 12, np.s_[:, [0, 1, 10, 11]]), (10, 4, np.s_[[0, 1, 2, 7, 8, 9]])]
+)
+def test_a_picture_fits_into_any_shape_without_being_stretched(height: int, width: int, bars: tuple) -> None:
+    boxed = letterbox(np.full((6, 6, 3), 255, np.uint8), height, width)
+    assert boxed.shape == (height, width, 3)
+    assert (boxed[bars] == 0).all()
+    assert (boxed == 255).sum() == 3 * min(height, width) ** 2

@@ -30,6 +30,7 @@ TORCH_FREE = {  # the files of vla that the control side may import
     "vla.files",
     "vla.head_config",
     "vla.images",
+    "vla.lerobot_config",
     "vla.load",
     "vla.policy_config",
     "vla.processor",
@@ -45,7 +46,8 @@ BASE = {"numpy", "yaml", "rich", "scipy", "cv2", "msgpack"}
 # More than one home needs its reason here.
 ONLY_HERE = {
     # Writes data sets, and is what the benchmark compares with. Reading is our own (train/lerobot_folder.py).
-    "lerobot": {"robot/dataset_writer.py", "bench/bench_data.py"},
+    # And runs LeRobot's own policies.
+    "lerobot": {"robot/dataset_writer.py", "bench/bench_data.py", "vla/lerobot_policy.py"},
     "pyarrow": {"train/lerobot_folder.py", "train/stored_images.py"},  # a data set's tables, its images in them
     # One writes films, one reads data sets, one silences the encoder that LeRobot drives.
     "av": {"robot/film.py", "train/video.py", "robot/dataset_writer.py"},
@@ -53,7 +55,8 @@ ONLY_HERE = {
     "huggingface_hub": {"train/lerobot_folder.py", "vla/backbone.py"},
     "transformers": {"vla/backbone.py"},
     "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
-    "safetensors": {"vla/checkpoint.py", "train/training_state.py"},  # the policy, the optimizer beside it
+    # The policy, the optimizer beside it; the error of damaged weights of LeRobot's.
+    "safetensors": {"vla/checkpoint.py", "train/training_state.py", "vla/lerobot_policy.py"},
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),
     "peft": set(),

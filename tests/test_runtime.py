@@ -69,6 +69,42 @@ def test_the_expert_solves_every_start_and_a_wrong_instruction_none() -> None:
             assert (told.success, told.steps, told.instruction) == (False, 40, wrong[task])
 
 
+class Watching(PointExpert):
+    """Notes when it was asked and what it was shown."""
+
+    def __init__(self, robot: PointArm) -> None:
+        super().__init__(robot)
+        self.notes: list[tuple[str, float, str]] = []
+
+    def watch(self, observation: Observation) -> None:
+        self.notes.append(("watch", observation.stamp_s, observation.instruction))
+
+    def infer(self, observation: Observation) -> ActionChunk:
+        self.notes.append(("infer", observation.stamp_s, observation.instruction))
+        return super().infer(observation)
+
+
+def test_a_policy_that_watches_sees_every_control_step_once() -> None:
+    robot = WatchedArm()
+    policy = Watching(robot)
+    done = episode(robot, policy, instruction="go to the red square")
+    assert done.steps > 4
+    what, when, told = zip(*policy.notes, strict=True)
+    assert what == (("infer", "watch", "watch", "watch") * 10)[: done.steps]
+    np.testing.assert_allclose(np.diff(when), 0.1)
+    assert set(told) == {"go to the red square"}
+    assert same(done, episode(WatchedArm(), PointExpert(robot), instruction="go to the red square"))
+
+
+def test_a_policy_that_fails_while_watching_is_held() -> None:
+    robot = WatchedArm()
+    policy = Watching(robot)
+    policy.watch = lambda observation: 1 / 0  # pyright: ignore[reportAttributeAccessIssue]
+    done = episode(robot, policy)
+    assert done.error == "policy: ZeroDivisionError: division by zero"
+    assert (done.steps, robot.calls[-1]) == (1, "hold")
+
+
 def test_it_looks_only_when_a_chunk_is_wanted() -> None:
     robot = WatchedArm()
     done = episode(robot, PointExpert(robot))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import numpy as np
 
@@ -214,3 +214,12 @@ class Policy(Protocol):
         ...
 
     def infer(self, observation: Observation) -> ActionChunk: ...
+
+
+@runtime_checkable
+class Watcher(Protocol):
+    """A policy that also wants what is seen at the control steps between two of its chunks."""
+
+    def watch(self, observation: Observation) -> None:
+        """Called once at each control step at which `infer` is not, in the order of time."""
+        ...

@@ -1,6 +1,7 @@
 """The data sets of a run: opened once, and checked at the door against one another and the policy."""
 
 from dataclasses import dataclass
+from statistics import median
 from typing import Any, Literal
 
 from train import compute_stats, dataset_checks, frame_cache, recipe
@@ -9,7 +10,7 @@ from train.recipe import Recipe
 from train.train_config import DataConfig
 from vla.cli import require
 from vla.config import digest
-from vla.errors import UsageError
+from vla.errors import UsageError, choose_from
 from vla.policy_config import PolicyConfig
 from vla.stats import Statistics
 from vla.types import require_same
@@ -36,6 +37,20 @@ class Sources:
             for source in self.train
         ]
 
+    def notes(self) -> list[str]:
+        """What is allowed, and seldom meant: a line each."""
+        found = []
+        for source in self.train:
+            window, lengths = source.past + source.horizon, [episode.length for episode in source.episodes]
+            short = sum(length < window for length in lengths)
+            if 2 * short > len(lengths):
+                found.append(
+                    f"{short} of {len(lengths)} episodes of recipe {source.recipe.name!r} are shorter than the "
+                    f"{window} steps of policy.past and policy.chunk; their median is {median(lengths):g} frames. "
+                    "Steps outside an episode are left out of the loss, so the far ones are learned from few frames."
+                )
+        return found
+
     def statistics(self) -> Statistics:
         """Exact statistics of all training frames; the mixture's weights do not enter."""
         return compute_stats.compute(self.train)
@@ -58,15 +73,35 @@ def open_sources(data: DataConfig, policy: PolicyConfig, *, held_out: bool) -> S
             f"A validation loss is asked for, but recipe {r.name!r} holds no episode out. Set its "
             "split.validation_fraction, or validation=null.",
         )
+    for name in views(policy)[1].cameras:
+        known = sorted({camera for r in recipes for camera in r.cameras})
+        require(
+            name in known,
+            f"policy.fast_slow.cameras names {name!r}, which no recipe of data.mixture has.{choose_from(name, known)}",
+        )
     train = tuple(_open(r, data, policy, "train") for r in recipes)
     for source in train:
-        longest = max(episode.length for episode in source.episodes)
-        require(
-            policy.chunk <= longest,
-            f"policy.chunk is {policy.chunk}, but the longest episode of {source.recipe.name!r} has {longest} frames. "
-            "Choose a shorter chunk.",
-        )
+        _require_reach(source, policy)
     return Sources(train, tuple(_open(r, data, policy, "validation") for r in recipes) if held_out else ())
+
+
+def _require_reach(source: LeRobotSource, policy: PolicyConfig) -> None:
+    """Every length that the policy asks for occurs in the data."""
+    longest = max(episode.length for episode in source.episodes)
+    window = policy.past + policy.chunk
+    needs = {
+        f"policy.past {policy.past} and policy.chunk {policy.chunk} need {window}": window,
+        f"policy.history {policy.history} needs {policy.history + 1}": policy.history + 1,
+    }
+    if policy.fast_slow:
+        oldest = policy.fast_slow.max_age
+        needs[f"policy.fast_slow.max_age {oldest} needs {oldest + 1}"] = oldest + 1
+    for what, steps in needs.items():
+        require(
+            steps <= longest,
+            f"{what} steps of one episode, but the longest episode of {source.recipe.name!r} has {longest} frames. "
+            "Choose less.",
+        )
 
 
 def _require_fit(r: Recipe, policy: PolicyConfig) -> None:

@@ -71,24 +71,28 @@ def test_equals_lerobots_own_tensors_bit_for_bit(kind: str, request: pytest.Fixt
     from lerobot.datasets.lerobot_dataset import LeRobotDataset
 
     recipe: Recipe = request.getfixturevalue(kind)
-    horizon = 6
-    source = LeRobotSource(recipe, horizon, "train")
+    source = LeRobotSource(recipe, 6, "train", past=3, history=2)
     theirs = LeRobotDataset(
         "test/small",
         root=recipe.root,
         video_backend="pyav",
         return_uint8=True,
-        delta_timestamps={"action": [i / source.fps for i in range(horizon)]},
+        delta_timestamps={
+            "action": [i / source.fps for i in range(-3, 6)],
+            "observation.state": [i / source.fps for i in range(-2, 1)],
+        },
     )
     ends = [e.start + e.length - 1 for e in source.episodes]
-    indices = np.concatenate([np.random.default_rng(1).integers(0, len(source), 60), ends, [0, 0]])
+    begins = [e.start + 1 for e in source.episodes]
+    indices = np.concatenate([np.random.default_rng(1).integers(0, len(source), 60), begins, ends, [0, 0]])
     size = 40 if kind == "image_recipe" else 64  # the cameras' own: nothing is resampled
     raw, instructions = source.steps(indices), source.instructions(indices)
     images, _ = source.pictures(indices, View(tuple(recipe.cameras), size))
     assert len(source) == len(theirs) == 46
     for j, i in enumerate(indices.tolist()):
         item: dict[str, Any] = theirs[i]  # pyright: ignore[reportAssignmentType]
-        assert np.array_equal(raw.state[j], item["observation.state"].numpy())
+        states = np.concatenate([raw.history[j], raw.state[j][None]])
+        assert np.array_equal(states, item["observation.state"].numpy())
         assert np.array_equal(raw.actions[j], item["action"].numpy())
         assert np.array_equal(raw.valid[j], ~item["action_is_pad"].numpy())
         assert instructions[j] == item["task"]
@@ -116,7 +120,7 @@ def test_statistics_are_not_needed(broken: Recipe) -> None:
 
 def test_splits_are_by_episode_disjoint_and_complete(video_recipe: Recipe) -> None:
     recipe = replace(video_recipe, split=Split(0.4, 3, (1,)))
-    train, held = (LeRobotSource(recipe, 4, split) for split in ("train", "validation"))
+    train, held = (LeRobotSource(recipe, 4, split, past=2) for split in ("train", "validation"))
     numbers = [{e.index for e in s.episodes} for s in (train, held)]
     assert not numbers[0] & numbers[1]
     assert numbers[0] | numbers[1] == {0, 2, 3}
@@ -126,12 +130,31 @@ def test_splits_are_by_episode_disjoint_and_complete(video_recipe: Recipe) -> No
     assert actions.shape == (len(held), 2)
     raw = held.steps(np.arange(len(held)))
     assert np.array_equal(raw.state, states)
-    assert np.array_equal(raw.actions[:, 0], actions)
+    assert np.array_equal(raw.actions[:, 2], actions)
     assert np.array_equal(raw.valid.sum(1), held.valid_steps(np.arange(len(held))))
     assert held.instructions(np.arange(len(held))) == [
         f"task {e.index % 3}" for e in held.episodes for _ in range(e.length)
     ]
-    assert LeRobotSource(recipe, 4, "train").episodes == train.episodes
+    assert LeRobotSource(recipe, 1, "train").episodes == train.episodes
+
+
+def test_what_is_around_a_frame(broken: Recipe) -> None:
+    """Episodes of 13, 7, 10 and 16 frames; in the third the task changes with its fifth frame."""
+    assert broken.root is not None
+    edit_rows(broken.root, "task_index", lambda t: t.__setitem__(slice(20 + 4, 30), 1))
+    recipe = replace(broken, split=Split(0.0, 0, (0,)))
+    around = LeRobotSource(recipe, 4, "train").around(np.array([0, 6, 7, 10, 11, 16, 17, 32]))
+    assert around.start.tolist() == [0, 0, 7, 7, 7, 7, 17, 17]
+    assert around.first.tolist() == [0, 0, 7, 7, 11, 11, 17, 17]
+    assert around.last.tolist() == [6, 6, 10, 10, 16, 16, 32, 32]
+    constant = LeRobotSource(replace(recipe, language=Language("constant", "go")), 4, "train")
+    assert constant.around(np.array([8])).last.tolist() == [16], "what is not read does not divide"
+
+
+@pytest.mark.parametrize(("horizon", "past", "history"), [(0, 0, 0), (4, -1, 0), (4, 0, -1)])
+def test_lengths_that_mean_nothing_are_refused(video_recipe: Recipe, horizon: int, past: int, history: int) -> None:
+    with pytest.raises(UsageError, match=f"horizon of {horizon}, past {past} and history {history}"):
+        LeRobotSource(video_recipe, horizon, "train", past, history)
 
 
 def test_a_constant_instruction_replaces_tasks(video_recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ from vla.batch import Batch
 from vla.codec import Codec
 from vla.errors import DataError, SpecMismatch, UsageError
 from vla.head_config import FlowConfig
-from vla.policy_config import ExpertConfig, PolicyConfig
+from vla.policy_config import ExpertConfig, FastSlowConfig, PolicyConfig
 from vla.processor import Processor
 from vla.stats import Moments, Statistics
 from vla.tokenizer import byte_level
@@ -42,6 +42,8 @@ CONFIG = PolicyConfig(
     head=FlowConfig("flow", "concat", 2, 0.0, 1),
 )
 
+FAST_SLOW = replace(CONFIG, past=2, history=3, fast_slow=FastSlowConfig(1, 6, 0.25, 2, ("wrist",), 16))
+
 
 def moments(values: np.ndarray) -> Moments:
     quantiles = np.quantile(values, [0.01, 0.1, 0.5, 0.9, 0.99], axis=0)
@@ -55,11 +57,20 @@ def processor_for(source: LeRobotSource, config: PolicyConfig = CONFIG) -> Proce
     return Processor(config, byte_level(), Codec(statistics, "mean_std", config.state_dim, config.action_dim))
 
 
+def mixture(recipes: Sequence[Recipe], config: PolicyConfig) -> list[Member]:
+    """Two data sets that share the camera `top`; only the first has `wrist`."""
+    sources = [LeRobotSource(recipe, 5, "train", config.past, config.history) for recipe in recipes]
+    return [Member(s, processor_for(s, config), w) for s, w in zip(sources, (3.0, 1.0), strict=True)]
+
+
 @pytest.fixture
 def members(video_recipe: Recipe, image_recipe: Recipe) -> list[Member]:
-    """Two data sets that share the camera `top`; only the first has `wrist`."""
-    sources = [LeRobotSource(recipe, 5, "train") for recipe in (video_recipe, image_recipe)]
-    return [Member(s, processor_for(s), w) for s, w in zip(sources, (3.0, 1.0), strict=True)]
+    return mixture((video_recipe, image_recipe), CONFIG)
+
+
+@pytest.fixture(params=[CONFIG, FAST_SLOW], ids=["plain", "fast-slow"])
+def either(request: pytest.FixtureRequest, video_recipe: Recipe, image_recipe: Recipe) -> list[Member]:
+    return mixture((video_recipe, image_recipe), request.param)
 
 
 def loader(members: Sequence[Member], **changes: int) -> Loader:
@@ -110,28 +121,36 @@ def test_a_batch_is_what_the_source_and_the_processor_say(members: list[Member])
     assert (batch.global_size, batch.loss_scale) == (12, 1.0)
 
 
+def parts_of(members: Sequence[Member], step: int, accumulation: int, world_size: int) -> list[Batch]:
+    """The micro-batches of all processes."""
+    division = {"global_batch": 24, "accumulation": accumulation, "world_size": world_size}
+    return [b for rank in range(world_size) for b in loader(members, rank=rank, **division).micro_batches(step)]
+
+
 @pytest.mark.parametrize(("accumulation", "world_size"), [(2, 1), (1, 3), (2, 2), (4, 3)])
-def test_parts_are_the_global_batch(members: list[Member], accumulation: int, world_size: int) -> None:
-    (whole,) = loader(members).micro_batches(5)
+def test_parts_are_the_global_batch(either: list[Member], accumulation: int, world_size: int) -> None:
+    (whole,) = loader(either, global_batch=24).micro_batches(5)
     parts = [
         batch
         for rank in range(world_size)
-        for batch in loader(members, accumulation=accumulation, rank=rank, world_size=world_size).micro_batches(5)
+        for batch in loader(
+            either, global_batch=24, accumulation=accumulation, rank=rank, world_size=world_size
+        ).micro_batches(5)
     ]
     assert len(parts) == accumulation * world_size
     order = torch.cat([p.rows for p in parts])
-    assert sorted(order.tolist()) == list(range(12))
+    assert sorted(order.tolist()) == list(range(24))
     for name, value in by_row(whole).items():
         pieces = [by_row(p)[name] for p in parts]
         if name in ("tokens", "token_mask"):  # each part is as wide as its own longest prompt
             pieces = [pad(p, (0, value.shape[1] - p.shape[1])) for p in pieces]
         assert torch.equal(torch.cat(pieces), value[order]), name
-    assert {(p.global_size, p.noise_seed) for p in parts} == {(12, whole.noise_seed)}
+    assert {(p.global_size, p.noise_seed) for p in parts} == {(24, whole.noise_seed)}
 
 
 @pytest.mark.parametrize(("accumulation", "world_size"), [(1, 1), (2, 1), (3, 2), (12, 1)])
 def test_loss_scale_makes_the_mean_of_means_the_global_mean(
-    members: list[Member], accumulation: int, world_size: int
+    either: list[Member], accumulation: int, world_size: int
 ) -> None:
     """Over the entries that count: valid steps of real dimensions."""
 
@@ -139,21 +158,19 @@ def test_loss_scale_makes_the_mean_of_means_the_global_mean(
         counted = batch.valid[:, :, None] & batch.dim_mask[:, None, :]
         return batch.actions[counted].double() ** 2
 
-    (whole,) = loader(members).micro_batches(0)
+    (whole,) = loader(either, global_batch=24).micro_batches(0)
     assert not whole.valid.all()
-    total = 0.0
-    for rank in range(world_size):
-        ours = loader(members, accumulation=accumulation, rank=rank, world_size=world_size).micro_batches(0)
-        total += sum(b.loss_scale * entries(b).mean().item() for b in ours) / accumulation / world_size
+    parts = parts_of(either, 0, accumulation, world_size)
+    total = sum(b.loss_scale * entries(b).mean().item() for b in parts) / len(parts)
     assert total == pytest.approx(entries(whole).mean().item(), rel=1e-12)
 
 
-def test_a_step_is_a_pure_function_of_seed_and_step(members: list[Member]) -> None:
-    a, b = loader(members), loader(members)
+def test_a_step_is_a_pure_function_of_seed_and_step(either: list[Member]) -> None:
+    a, b = loader(either, global_batch=24), loader(either, global_batch=24)
     for step in (9, 0, 400, 3):
         for x, y in zip(a.micro_batches(step), b.micro_batches(step), strict=True):
             assert_equal(x, y)
-    other = loader(members, seed=8).micro_batches(3)[0]
+    other = loader(either, global_batch=24, seed=8).micro_batches(3)[0]
     again = a.micro_batches(3)[0]
     assert other.noise_seed != again.noise_seed
     assert not torch.equal(other.state, again.state)
@@ -161,9 +178,9 @@ def test_a_step_is_a_pure_function_of_seed_and_step(members: list[Member]) -> No
 
 
 @pytest.mark.parametrize(("prefetch", "threads"), [(1, 1), (3, 1), (4, 3)])
-def test_prefetching_changes_nothing(members: list[Member], prefetch: int, threads: int) -> None:
-    ahead = Loader(members, 12, 2, 0, 1, 7, prefetch, threads)
-    plain = loader(members, accumulation=2)
+def test_prefetching_changes_nothing(either: list[Member], prefetch: int, threads: int) -> None:
+    ahead = Loader(either, 24, 2, 0, 1, 7, prefetch, threads)
+    plain = loader(either, global_batch=24, accumulation=2)
     with closing(ahead.stream(6)) as a, closing(plain.stream(6)) as b:
         for step, ((i, x), (j, y)) in enumerate(islice(zip(a, b, strict=True), 7)):
             assert i == j == 6 + step
@@ -284,6 +301,14 @@ def test_impossible_divisions_are_refused(members: list[Member], changes: dict[s
         loader(members, **changes)
 
 
+def test_rows_that_share_an_observation_are_not_divided(video_recipe: Recipe, image_recipe: Recipe) -> None:
+    members = mixture((video_recipe, image_recipe), FAST_SLOW)
+    with pytest.raises(UsageError, match=r"2 rows to an observation \(policy.fast_slow.frames\).* multiple of 8"):
+        loader(members, accumulation=4)
+    with pytest.raises(UsageError, match="multiple of 2"):
+        loader(members, global_batch=9)
+
+
 def test_members_must_fit_the_policy(members: list[Member], video_recipe: Recipe) -> None:
     with pytest.raises(UsageError, match="at least one data set"):
         loader([])
@@ -291,6 +316,9 @@ def test_members_must_fit_the_policy(members: list[Member], video_recipe: Recipe
     with pytest.raises(UsageError, match=r"reads with a chunk of 4 steps, policy\.chunk is 5"):
         loader([short])
     source = LeRobotSource(video_recipe, 5, "train")
+    for name in ("past", "history"):
+        with pytest.raises(UsageError, match=rf"reads with a {name} of 0 steps, policy\.{name} is 1"):
+            loader([Member(source, processor_for(source, replace(CONFIG, **{name: 1})), 1.0)])
     blind = replace(CONFIG, cameras=("left",))
     with pytest.raises(DataError, match=r"none of policy.cameras \['left'\].*Valid: top, wrist"):
         loader([Member(source, processor_for(source, blind), 1.0)])

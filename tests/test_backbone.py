@@ -1,5 +1,6 @@
 """The prefix cache against transformers' own forward pass."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,27 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, SmolVLMForConditionalGeneration
 
 from vla import tokenizer
-from vla.backbone import SmolVLM, new_backbone, tiny_hf_config
 from vla.backbone_config import SmolVLMConfig, TinyVLM
+from vla.backbones.base import Reads
+from vla.backbones.build import new_backbone
+from vla.backbones.smolvlm import SmolVLM, tiny_hf_config
 from vla.errors import CheckpointError, UsageError
 
 TINY = TinyVLM(width=32, vision_layers=2, text_layers=3, heads=4, mlp=48, patch=8, pixel_shuffle=2)
 SETTINGS = SmolVLMConfig(kind="smolvlm", weights=None, tiny=TINY, text_layers=None, freeze=())
 
 
+def made(reads: Reads = "cache", settings: SmolVLMConfig = SETTINGS) -> SmolVLM:
+    """The same random weights in every call with the same `reads`."""
+    torch.manual_seed(0)
+    backbone, _ = new_backbone(settings, 32, reads)
+    assert isinstance(backbone, SmolVLM)
+    return backbone.eval()
+
+
 @pytest.fixture
 def backbone() -> SmolVLM:
-    torch.manual_seed(0)
-    made, _ = new_backbone(SETTINGS, 32)
-    return made.eval()
+    return made()
 
 
 def inputs(batch: int = 3, cameras: int = 2) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -35,17 +44,22 @@ def inputs(batch: int = 3, cameras: int = 2) -> tuple[Tensor, Tensor, Tensor, Te
     return images, image_mask, tokens, token_mask
 
 
-def reference(backbone: SmolVLM, embeddings: Tensor, valid: Tensor) -> DynamicCache:
+def reference(backbone: SmolVLM, embeddings: Tensor, valid: Tensor, mask: Tensor) -> tuple[DynamicCache, Tensor]:
     """The text model run by transformers itself, with its own cache and its own attention."""
     text = backbone.model.text_model
     cache = DynamicCache(config=text.config)
     text.set_attn_implementation("eager")
-    mask = torch.zeros(valid.shape[0], 1, valid.shape[1], valid.shape[1])
-    mask.masked_fill_(~valid[:, None, None, :], torch.finfo(torch.float32).min)
+    weights = torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
     positions = (valid.long().cumsum(1) - 1).clamp(min=0)
-    text(inputs_embeds=embeddings, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-    text.set_attn_implementation("tandem_collect")
-    return cache
+    out = text(
+        inputs_embeds=embeddings,
+        attention_mask=weights,
+        position_ids=positions,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    text.set_attn_implementation("tandem_prefix")
+    return cache, out.last_hidden_state
 
 
 @torch.no_grad()
@@ -56,7 +70,8 @@ def test_keys_and_values_are_those_of_transformers(backbone: SmolVLM) -> None:
     seen = backbone.model.connector(backbone.model.vision_model(pixel_values=pixels).last_hidden_state)
     seen = seen.view(3, -1, 32).masked_fill(~image_mask.repeat_interleave(4, 1)[..., None], 0)
     text = backbone.model.text_model.embed_tokens(tokens)
-    expected = reference(backbone, torch.cat((seen, text), 1) * 32**0.5, cache.valid)
+    mask = cache.valid[:, None, None, :].expand(3, 1, 15, 15)
+    expected, _ = reference(backbone, torch.cat((seen, text), 1) * 32**0.5, cache.valid, mask)
     assert len(cache.keys) == 3
     for i, (keys, values) in enumerate(zip(cache.keys, cache.values, strict=True)):
         theirs: Any = expected.layers[i]
@@ -91,34 +106,119 @@ def test_padding_changes_nothing(backbone: SmolVLM) -> None:
             tokens[row : row + 1, :count],
             token_mask[row : row + 1, :count],
         )
-        end = 8 + count
-        kept = alone.valid[0]
-        torch.testing.assert_close(
-            padded.keys[-1][row, :, :end][:, kept], alone.keys[-1][0][:, kept], atol=1e-6, rtol=0
-        )
+        assert alone.valid.all(), "a camera that is absent takes no tokens when no row has it"
+        kept = padded.keys[-1][row][:, padded.valid[row]]
+        torch.testing.assert_close(kept, alone.keys[-1][0], atol=1e-6, rtol=0)
+        assert alone.next_position.tolist() == [padded.next_position[row]]
 
 
-def test_collection_works_under_gradient_checkpointing(backbone: SmolVLM) -> None:
-    backbone.train()
-    weight = backbone.model.text_model.layers[0].mlp.up_proj.weight
-
-    def gradient() -> Tensor:
-        backbone.zero_grad()
-        sum((k**2).sum() for k in backbone.encode(*inputs()).keys).backward()  # type: ignore[union-attr]
-        assert weight.grad is not None
-        return weight.grad.clone()
-
-    plain = gradient()
-    backbone.model.text_model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert plain.abs().max() > 0
-    torch.testing.assert_close(gradient(), plain, atol=1e-6, rtol=1e-5)
+@torch.no_grad()
+def test_text_alone_runs_no_vision(backbone: SmolVLM) -> None:
+    images, image_mask, tokens, token_mask = inputs()
+    backbone.model.vision_model.register_forward_hook(lambda *_: pytest.fail("nothing is there to see"))
+    cache = backbone.encode(images, torch.zeros_like(image_mask), tokens, token_mask)
+    assert cache.valid.tolist() == token_mask.tolist()
 
 
-def test_every_trainable_weight_gets_a_gradient(backbone: SmolVLM) -> None:
+@torch.no_grad()
+def test_extending_equals_one_joint_forward() -> None:
+    """Three more tokens: one alone, two that see the first and one another; one of them padding in a row."""
+    backbone = made("hidden")
+    images, image_mask, tokens, token_mask = inputs()
+    cache = replace(backbone.encode(images, image_mask, tokens, token_mask), sequence=7)
+    more = torch.randn(3, 3, 32)
+    own = torch.tensor([[1, 0, 0], [1, 1, 1], [1, 1, 1]], dtype=torch.bool)
+    valid = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    longer, hidden = backbone.extend(cache, more, own, valid)
+
+    prefix = backbone._prefix(images, image_mask, tokens, token_mask)
+    embeddings = torch.cat((prefix.embeddings, more), 1)
+    every = torch.cat((cache.valid, valid), 1)
+    mask = every[:, None, None, :].repeat(1, 1, 18, 1)
+    mask[..., :15, 15:] = False
+    mask[..., 15:, 15:] &= own
+    expected, last = reference(backbone, embeddings, every, mask)
+    for i in range(3):
+        theirs: Any = expected.layers[i]
+        for ours, their in ((longer.keys[i], theirs.keys), (longer.values[i], theirs.values)):
+            torch.testing.assert_close(ours.transpose(1, 2)[every], their.transpose(1, 2)[every], atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden[valid], last[:, 15:][valid], atol=1e-5, rtol=0)
+    assert longer.next_position.tolist() == [18, 11, 12]
+    assert longer.valid.tolist() == every.tolist()
+    assert longer.sequence == 7
+
+
+@torch.no_grad()
+def test_tokens_one_by_one_equal_tokens_at_once() -> None:
+    backbone = made("tokens")
+    start = backbone.encode(*inputs())
+    ids = torch.tensor([[5, 6, 7]] * 3)
+    there = torch.ones(3, 3, dtype=torch.bool)
+    _, at_once = backbone.extend(start, backbone.embed_tokens(ids), there[0].expand(3, 3).tril(), there)
+    cache, steps = start, []
+    for i in range(3):
+        cache, hidden = backbone.extend(cache, backbone.embed_tokens(ids[:, i : i + 1]), there[:1, :1], there[:, :1])
+        steps.append(hidden)
+    torch.testing.assert_close(torch.cat(steps, 1), at_once, atol=1e-5, rtol=0)
+    assert backbone.token_logits(at_once).shape == (3, 3, 257)
+    with pytest.raises(ValueError, match="'cache', not 'tokens'"):
+        made("cache").token_logits(at_once)
+
+
+def test_gradient_checkpointing_computes_twice_and_changes_nothing() -> None:
+    """In training, for the prefix and for what extends it."""
+
+    def run(settings: SmolVLMConfig) -> tuple[Tensor, Tensor, int]:
+        backbone = made("hidden", settings).train()
+        computed = []
+        backbone.model.text_model.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+        backbone.model.vision_model.encoder.layers[0].mlp.register_forward_pre_hook(lambda *_: computed.append(1))
+        cache = backbone.encode(*inputs())
+        there = torch.ones(3, 2, dtype=torch.bool)
+        longer, hidden = backbone.extend(cache, torch.full((3, 2, 32), 0.1), there[:2, :2], there)
+        (sum((k**2).sum() for k in longer.keys) + (hidden**3).sum()).backward()
+        gradient = backbone.model.text_model.layers[0].mlp.up_proj.weight.grad
+        assert gradient is not None
+        return longer.keys[-1].detach(), gradient, len(computed)
+
+    keys, gradient, plain = run(SETTINGS)
+    again, regradient, checkpointed = run(replace(SETTINGS, gradient_checkpointing=True))
+    assert (plain, checkpointed) == (3, 6)
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(again, keys, atol=1e-6, rtol=0)
+    torch.testing.assert_close(regradient, gradient, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reads", ["cache", "hidden", "tokens"])
+def test_every_trainable_weight_gets_a_gradient(reads: Reads) -> None:
+    backbone = made(reads)
     cache = backbone.encode(*inputs())
-    (sum((k**2).sum() for k in cache.keys) + sum((v**2).sum() for v in cache.values)).backward()  # type: ignore[union-attr]
+    total = sum((k**2).sum() for k in cache.keys) + sum((v**2).sum() for v in cache.values)
+    if reads != "cache":
+        there = torch.ones(3, 2, dtype=torch.bool)
+        hidden = backbone.extend(cache, torch.full((3, 2, 32), 0.1), there[:2, :2].tril(), there)[1]
+        total = total + ((backbone.token_logits(hidden) if reads == "tokens" else hidden) ** 2).sum()
+    assert isinstance(total, Tensor)
+    total.backward()
     idle = [name for name, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not idle, "weights that never learn break data-parallel training"
+    learning = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert ("model.text_model.layers.2.mlp.up_proj.weight" in learning) == (reads != "cache")
+    assert ("lm_head.weight" in learning) == (reads == "tokens")
+
+
+def test_frozen_parts_take_the_dtype_and_do_not_learn() -> None:
+    backbone = made("tokens", replace(SETTINGS, freeze=("vision", "text"), dtype="bf16"))
+    for name, part in backbone.parts().items():
+        frozen = name != "connector"
+        assert {p.requires_grad for p in part.parameters()} == {not frozen}
+        assert {p.dtype for p in part.parameters()} == {torch.bfloat16 if frozen else torch.float32}
+    assert backbone.text.rotary_emb.inv_freq.dtype == torch.float32, "rounded frequencies rotate to other places"
+    plain = made("tokens").encode(*inputs())
+    rounded = backbone.encode(*inputs())
+    torch.testing.assert_close(rounded.keys[-1].float(), plain.keys[-1], atol=0.1, rtol=0.05)
+    with pytest.raises(UsageError, match="freeze is empty"):
+        replace(SETTINGS, dtype="bf16")
 
 
 @pytest.fixture
@@ -144,6 +244,14 @@ def test_pretrained_weights_are_the_checkpoint_s(pretrained: Path) -> None:
 
 
 @torch.no_grad()
+def test_logits_are_those_of_the_checkpoint_s_head(pretrained: Path) -> None:
+    backbone, _ = new_backbone(settings_for(pretrained), 32, "tokens")
+    theirs = SmolVLMForConditionalGeneration.from_pretrained(pretrained)
+    hidden = torch.randn(2, 3, 32)
+    assert torch.equal(backbone.token_logits(hidden), theirs.lm_head(hidden))
+
+
+@torch.no_grad()
 def test_a_truncated_backbone_keeps_its_first_layers(pretrained: Path) -> None:
     whole, _ = new_backbone(settings_for(pretrained), 32)
     short, _ = new_backbone(settings_for(pretrained, text_layers=2), 32)
@@ -157,6 +265,8 @@ def test_foreign_and_incomplete_checkpoints_are_refused(pretrained: Path, tmp_pa
         new_backbone(settings_for(tmp_path / "nowhere"), 32)
     with pytest.raises(CheckpointError, match=r"choose 1\.\.3"):
         new_backbone(settings_for(pretrained, text_layers=9), 32)
+    with pytest.raises(UsageError, match="multiples of 16 up to 32"):
+        new_backbone(settings_for(pretrained), 64)
     (pretrained / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         new_backbone(settings_for(pretrained), 32)
@@ -170,3 +280,17 @@ def test_foreign_and_incomplete_checkpoints_are_refused(pretrained: Path, tmp_pa
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UsageError, match="multiple of patch"):
         new_backbone(SETTINGS, 40)
+
+
+def test_damaged_weights_are_refused(pretrained: Path) -> None:
+    path = pretrained / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="download is incomplete"):
+        new_backbone(settings_for(pretrained), 32)
+    path.write_bytes(whole.replace(b"connector", b"konnektor"))
+    with pytest.raises(CheckpointError, match="lacks 1 weights"):
+        new_backbone(settings_for(pretrained), 32)
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        new_backbone(settings_for(pretrained), 32)

@@ -52,11 +52,17 @@ ONLY_HERE = {
     # One writes films, one reads data sets, one silences the encoder that LeRobot drives.
     "av": {"robot/film.py", "train/video.py", "robot/dataset_writer.py"},
     # Each resolves a hub id that the user wrote: of a data set, of a backbone.
-    "huggingface_hub": {"train/lerobot_folder.py", "vla/backbone.py"},
-    "transformers": {"vla/backbone.py"},
+    "huggingface_hub": {"train/lerobot_folder.py", "vla/backbones/build.py"},
+    # The VLMs: how each is run, what they share, where their weights come from.
+    "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "build")},
     "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
-    # The policy, the optimizer beside it; the error of damaged weights of LeRobot's.
-    "safetensors": {"vla/checkpoint.py", "train/training_state.py", "vla/lerobot_policy.py"},
+    # The policy, the optimizer beside it; the error of damaged weights of others.
+    "safetensors": {
+        "vla/checkpoint.py",
+        "train/training_state.py",
+        "vla/backbones/build.py",
+        "vla/lerobot_policy.py",
+    },
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),
     "peft": set(),

@@ -48,11 +48,11 @@ def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
         return VLAPolicy.build(config.policy, sources.statistics(), config.seed)
     from train.training_state import differences
     from vla import checkpoint
-    from vla.backbone import saved_backbone
+    from vla.backbones.build import saved_backbone
 
     folder = config.init.checkpoint
-    saved = checkpoint.load(folder)
-    statistics = saved.processor.codec.statistics
+    saved = checkpoint.read(folder)
+    statistics = saved.statistics
     free = FREE_AT_INIT
     if config.init.statistics == "checkpoint":
         recipe = sources.train[0].recipe
@@ -68,9 +68,8 @@ def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
     ]
     if different:
         raise UsageError(f"init.checkpoint {folder} is another architecture:\n" + "\n".join(different))
-    policy = VLAPolicy.compose(
-        config.policy, statistics, saved_backbone(folder / "backbone"), saved.processor.tokenizer
-    )
+    backbone = saved_backbone(folder / "backbone", config.policy.backbone)
+    policy = VLAPolicy.compose(config.policy, statistics, backbone, saved.tokenizer)
     checkpoint.load_weights(policy, folder / "model.safetensors")
     return policy
 
@@ -94,14 +93,11 @@ def make_loader(config: TrainConfig, sources: Sequence[LeRobotSource], policy: V
 def sharding_blocks(policy: VLAPolicy) -> list[nn.Module]:
     """Modules whose weights are used only inside their own `forward`, so that FSDP2 may free them outside it.
 
-    The last text layer gives only its keys and values, and cross layers project the cache before their
-    forward: they stay in the root unit.
+    Cross layers project the cache before their forward: they stay in the root unit.
     """
     from vla.expert import JointLayer
 
-    model = policy.backbone.model
-    vision, text = model.vision_model.encoder.layers, model.text_model.layers
-    return [*vision, *text[:-1], *(layer for layer in policy.expert.layers if isinstance(layer, JointLayer))]
+    return [*policy.backbone.blocks(), *(layer for layer in policy.expert.layers if isinstance(layer, JointLayer))]
 
 
 def train(config: TrainConfig) -> None:

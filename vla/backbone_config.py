@@ -1,9 +1,33 @@
 """Which VLM encodes the observation, from where, and what of it learns. No torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 from vla.errors import UsageError
+
+Part = Literal["vision", "connector", "text"]
+Dtype = Literal["fp32", "bf16"]  # of the frozen parts' weights; what trains is held in fp32
+
+
+class _Settings(Protocol):
+    @property
+    def weights(self) -> str | None: ...
+    @property
+    def tiny(self) -> object: ...
+    @property
+    def freeze(self) -> tuple[Part, ...]: ...
+    @property
+    def dtype(self) -> Dtype: ...
+
+
+def _require_consistent(settings: _Settings) -> None:
+    if (settings.weights is None) == (settings.tiny is None):
+        raise UsageError("policy.backbone: give either 'weights' (folder or hub id) or 'tiny' (sizes), not both.")
+    if settings.dtype == "bf16" and not settings.freeze:
+        raise UsageError(
+            "policy.backbone.dtype 'bf16' is for frozen parts and policy.backbone.freeze is empty: name parts to "
+            "freeze or say 'fp32'. Compute in bf16 with fp32 weights is compute.precision."
+        )
 
 
 @dataclass(frozen=True)
@@ -27,11 +51,12 @@ class SmolVLMConfig:
     weights: str | None  # checkpoint folder or hub id with weights and tokenizer; null: `tiny` at random
     tiny: TinyVLM | None  # sizes used when `weights` is null
     text_layers: int | None  # keep this many text layers of a pretrained model; null: all
-    freeze: tuple[Literal["vision", "connector", "text"], ...]
+    freeze: tuple[Part, ...]
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    dtype: Dtype = "fp32"  # of the frozen parts' weights
 
     def __post_init__(self) -> None:
-        if (self.weights is None) == (self.tiny is None):
-            raise UsageError("policy.backbone: give either 'weights' (folder or hub id) or 'tiny' (sizes), not both.")
+        _require_consistent(self)
 
 
 BackboneConfig = SmolVLMConfig

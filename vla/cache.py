@@ -53,6 +53,8 @@ class CacheShape:
     kv_heads: int
     head_dim: int
     rope_theta: float
+    scale: float | None = None  # of attention scores; None: head_dim ** -0.5
+    softcap: float | None = None  # attention scores are bent to softcap * tanh(score / softcap) (Gemma 2)
 
 
 def positions_of(valid: Tensor) -> Tensor:

@@ -10,17 +10,18 @@ versions.json       what wrote it
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vla import config, tokenizer
-from vla.backbone import saved_backbone
+from vla.backbones.build import saved_backbone
 from vla.errors import CheckpointError, TandemError
 from vla.files import whole_folder, write_json, write_text
 from vla.policy import VLAPolicy
@@ -29,6 +30,15 @@ from vla.stats import Statistics
 
 FORMAT = 1
 FILES = ("config.yaml", "statistics.json", "model.safetensors", "versions.json")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a checkpoint says of its policy, without the weights."""
+
+    config: PolicyConfig
+    statistics: Statistics
+    tokenizer: tokenizer.Tokenizer
 
 
 def save(policy: VLAPolicy, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -60,35 +70,46 @@ def load(folder: Path | str, device: str = "cpu", settings: Mapping[str, Any] | 
         UsageError: an unknown setting.
     """
     folder = Path(folder)
-    _require_complete(folder)
-    policy_config = _configured(folder, settings or {})
-    try:
-        statistics = Statistics.from_json(json.loads((folder / "statistics.json").read_text()))
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder / 'statistics.json'} is damaged: {error!r}.") from error
+    saved = read(folder, settings)
     with torch.random.fork_rng(devices=[]):  # building draws random weights that are then overwritten
-        policy = VLAPolicy.compose(
-            policy_config, statistics, saved_backbone(folder / "backbone"), tokenizer.load(folder / "tokenizer")
-        )
+        backbone = saved_backbone(folder / "backbone", saved.config.backbone)
+        policy = VLAPolicy.compose(saved.config, saved.statistics, backbone, saved.tokenizer)
     load_weights(policy, folder / "model.safetensors")
     return policy.to(device).eval()
 
 
-def load_weights(policy: VLAPolicy, path: Path) -> None:
-    """Strict: every name and shape must agree."""
+def read(folder: Path, settings: Mapping[str, Any] | None = None) -> Saved:
+    """All of a checkpoint but its weights; arguments and errors as `load`."""
+    _require_complete(folder)
     try:
-        state = load_file(path)
+        statistics = Statistics.from_json(json.loads((folder / "statistics.json").read_text()))
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder / 'statistics.json'} is damaged: {error!r}.") from error
+    return Saved(_configured(folder, settings or {}), statistics, tokenizer.load(folder / "tokenizer"))
+
+
+@torch.no_grad()
+def load_weights(policy: VLAPolicy, path: Path) -> None:
+    """Strict: every name and shape must agree. One tensor after another, so that no second copy of all is held."""
+    own = policy.state_dict()
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            _require_fit(path, {name: tuple(x.shape) for name, x in own.items()}, shapes)
+            for name, parameter in own.items():
+                parameter.copy_(file.get_tensor(name))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}. It is truncated or not a safetensors file.") from error
-    own = policy.state_dict()
-    missing, foreign = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+
+
+def _require_fit(path: Path, own: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]]) -> None:
+    missing, foreign = sorted(own.keys() - there.keys()), sorted(there.keys() - own.keys())
+    wrong = sorted(k for k in own.keys() & there.keys() if own[k] != there[k])
     if missing or foreign or wrong:
         raise CheckpointError(
             f"{path} does not fit its config.yaml: {len(missing)} weights missing {missing[:3]}, "
-            f"{len(foreign)} unknown {foreign[:3]}, {len(wrong)} of another shape {sorted(wrong)[:3]}."
+            f"{len(foreign)} unknown {foreign[:3]}, {len(wrong)} of another shape {wrong[:3]}."
         )
-    policy.load_state_dict(state)
 
 
 def _require_complete(folder: Path) -> None:

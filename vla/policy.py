@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from vla import tokenizer as tokenizers
-from vla.backbone import SmolVLM, new_backbone
+from vla.backbones.base import Backbone
+from vla.backbones.build import new_backbone
 from vla.batch import Batch
 from vla.cache import PrefixCache
 from vla.codec import Codec
@@ -57,15 +58,13 @@ def make_head(config: PolicyConfig, real_dim: int) -> ActionHead:
 class VLAPolicy(nn.Module):
     """Implements `vla.types.Policy`; composed of parts that know nothing of one another's insides."""
 
-    def __init__(self, config: PolicyConfig, backbone: SmolVLM, processor: Processor) -> None:
+    def __init__(self, config: PolicyConfig, backbone: Backbone, processor: Processor) -> None:
         super().__init__()
         self.config, self.processor = config, processor
         self.backbone = backbone
         self.expert = ActionExpert(config.expert, backbone.shape)
         self.state_proj = nn.Linear(config.state_dim, config.expert.width)
         self.head = make_head(config, processor.codec.action_spec.dim)
-        for name in config.backbone.freeze:
-            backbone.parts()[name].requires_grad_(requires_grad=False)
         self._generator = torch.Generator()
 
     @classmethod
@@ -83,7 +82,7 @@ class VLAPolicy(nn.Module):
 
     @classmethod
     def compose(
-        cls, config: PolicyConfig, statistics: Statistics, backbone: SmolVLM, tokenizer: tokenizers.Tokenizer
+        cls, config: PolicyConfig, statistics: Statistics, backbone: Backbone, tokenizer: tokenizers.Tokenizer
     ) -> "VLAPolicy":
         codec = Codec(statistics, config.normalization, config.state_dim, config.action_dim)
         return cls(config, backbone, Processor(config, tokenizer, codec))

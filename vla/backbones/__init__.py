@@ -1,0 +1,1 @@
+"""The vision-language models that encode the observation. The home of transformers."""

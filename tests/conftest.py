@@ -3,6 +3,7 @@
 import runpy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -119,3 +120,9 @@ def image_recipe(image_root: Path, recipe_of: Callable[..., Recipe]) -> Recipe:
 def tiny_run() -> dict[str, Any]:
     """The names of tests/programs/tiny_run.py: a training run of a tiny module, in this process."""
     return runpy.run_path(str(Path(__file__).parent / "programs/tiny_run.py"))
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    """The names of tests/programs/head_kit.py: small heads with a random context."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs/head_kit.py")))

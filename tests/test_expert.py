@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from vla.cache import CacheShape, PrefixCache, rope_tables, rotate
+from vla.denoiser import pack, unpack
 from vla.expert import ActionExpert, Context, CrossLayer, JointLayer
-from vla.heads.base import ExpertCall
 from vla.layers import attend
 from vla.policy_config import ExpertConfig
 
@@ -51,6 +51,14 @@ def fresh() -> Tensor:
     return torch.randn(BATCH, 1, WIDTH, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
+def run(expert: ActionExpert, context: Context, x: Tensor, cond: Tensor | None = None) -> Tensor:
+    """Groups of tokens (B, G, T, W), packed, through the expert and apart again."""
+    lengths = [x.shape[2]]
+    layout = expert.layout(context, lengths * x.shape[1])
+    hidden = expert(pack(x, lengths), None if cond is None else pack(cond, lengths), context, layout)
+    return unpack(hidden, x.shape[1], lengths)[:, :, 0]
+
+
 def joint_forward(expert: ActionExpert, cache: PrefixCache, state: Tensor, actions: Tensor, *, causal: bool) -> Tensor:
     """State and actions as one sequence beside the prefix; attention by explicit softmax; no cache of the state."""
     x = torch.cat((state, actions), 1)
@@ -78,7 +86,7 @@ def joint_forward(expert: ActionExpert, cache: PrefixCache, state: Tensor, actio
 def test_joint_equals_cached(causal: bool) -> None:  # noqa: FBT001
     expert, cache, actions = make(causal=causal), make_cache(), tokens(1)
     context = expert.context(cache, fresh(), None)
-    cached = ExpertCall(expert, context, 1, STEPS)(actions, None)[:, 0]
+    cached = run(expert, context, actions)[:, 0]
     joint = joint_forward(expert, cache, fresh(), actions[:, 0], causal=causal)
     torch.testing.assert_close(cached, joint, atol=1e-10, rtol=0)
 
@@ -90,9 +98,9 @@ def test_packed_groups_equal_separate_calls(attention: tuple[str, ...], norm: st
     cond = torch.randn(actions.shape, dtype=torch.float64) if norm == "adarms" else None
     state_cond = torch.randn(BATCH, 1, WIDTH, dtype=torch.float64) if norm == "adarms" else None
     context = expert.context(cache, fresh(), state_cond)
-    packed = ExpertCall(expert, context, 3, STEPS)(actions, cond)
+    packed = run(expert, context, actions, cond)
     for g in range(3):
-        one = ExpertCall(expert, context, 1, STEPS)(actions[:, g : g + 1], None if cond is None else cond[:, g : g + 1])
+        one = run(expert, context, actions[:, g : g + 1], None if cond is None else cond[:, g : g + 1])
         torch.testing.assert_close(packed[:, g], one[:, 0], atol=1e-10, rtol=0)
 
 
@@ -111,37 +119,37 @@ def test_cross_layers_read_projected_keys_with_positions_from_zero() -> None:
     mask = cache.valid[:, None, None]
     x = x + layer.o_proj(attend(query, keys, values, mask))
     x = x + layer.mlp(layer.post_attention_layernorm(x, None)[0])
-    ours, _, _ = layer(actions[:, 0], None, context.keys[0], context.values[0], expert.layout(context, 1, STEPS))
+    ours, _, _ = layer(actions[:, 0], None, context.keys[0], context.values[0], expert.layout(context, [STEPS]))
     torch.testing.assert_close(ours, x, atol=1e-10, rtol=0)
 
 
 def test_rows_do_not_see_one_another() -> None:
     expert, cache, actions = make(("joint", "cross")), make_cache(), tokens(2)
-    both = ExpertCall(expert, expert.context(cache, fresh(), None), 2, STEPS)(actions, None)
+    both = run(expert, expert.context(cache, fresh(), None), actions)
     row = torch.tensor([1])
-    alone = ExpertCall(expert, expert.context(cache.select(row), fresh()[row], None), 2, STEPS)(actions[row], None)
+    alone = run(expert, expert.context(cache.select(row), fresh()[row], None), actions[row])
     torch.testing.assert_close(both[row], alone, atol=1e-10, rtol=0)
 
 
 def test_padding_is_not_attended() -> None:
     expert, cache, actions = make(("joint", "cross")), make_cache(), tokens(1)
 
-    def run(c: PrefixCache) -> Tensor:
-        return ExpertCall(expert, expert.context(c, fresh(), None), 1, STEPS)(actions, None)
+    def answer(c: PrefixCache) -> Tensor:
+        return run(expert, expert.context(c, fresh(), None), actions)
 
-    before = run(cache)
+    before = answer(cache)
     for x in (*cache.keys, *cache.values):
         x[~cache.valid[:, None].expand(-1, KV_HEADS, -1)] = 1e3
-    assert torch.equal(run(cache), before)
+    assert torch.equal(answer(cache), before)
 
 
 def test_attention_among_actions_is_as_configured() -> None:
     for causal, expected in ((True, False), (False, True)):
         expert, actions = make(causal=causal), tokens(1)
         context = expert.context(make_cache(), fresh(), None)
-        before = ExpertCall(expert, context, 1, STEPS)(actions, None)
+        before = run(expert, context, actions)
         actions[:, :, -1] += 1
-        after = ExpertCall(expert, context, 1, STEPS)(actions, None)
+        after = run(expert, context, actions)
         assert bool((before[:, :, 0] != after[:, :, 0]).any()) is expected
 
 
@@ -162,9 +170,8 @@ def test_the_context_is_shared_not_copied() -> None:
     """What many samples read is the one prefix, of batch size 1; only their own tokens are many."""
     expert = make()
     context = expert.context(make_cache(1), fresh()[:1], None)
-    call = ExpertCall(expert, context, 16, STEPS)
     with KeyShapes() as seen:
-        call(tokens(16, batch=1), None)
+        run(expert, context, tokens(16, batch=1))
     assert seen.shapes == {(1, KV_HEADS, PREFIX + 1 + 16 * STEPS, DIM)}
 
 

@@ -1,52 +1,18 @@
 """Flow head: equations, known answers, and what the loss must and must not see."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 
-from vla.cache import CacheShape, PrefixCache
-from vla.expert import ActionExpert, Context
-from vla.head_config import FlowConfig
-from vla.heads.base import Draws, ExpertCall, Target
+from vla.denoiser import Prediction
+from vla.heads.base import Draws
 from vla.heads.flow import FlowHead, interpolate, pi0_time
-from vla.policy_config import ExpertConfig
+from vla.losses import error_entropy
 
-WIDTH, STEPS, DIMS = 16, 5, 3
-
-
-def parts(time: str = "concat", draws: int = 2) -> tuple[FlowHead, ActionExpert, Context]:
-    torch.manual_seed(0)
-    norm = "adarms" if time == "adarms" else "rms"
-    expert = ActionExpert(
-        ExpertConfig(WIDTH, 2, 24, ("joint",), norm, "bidirectional"),  # pyright: ignore[reportArgumentType]
-        CacheShape(2, 2, 2, 8, 100.0),
-    )
-    head = FlowHead(FlowConfig("flow", time, 4, 1.0, draws), DIMS, WIDTH)  # pyright: ignore[reportArgumentType]
-    for name, p in expert.named_parameters():
-        if "dense" in name:
-            torch.nn.init.normal_(p, std=0.3)
-    return head, expert, context(expert, head, 4)
-
-
-def context(expert: ActionExpert, head: FlowHead, batch: int) -> Context:
-    g = torch.Generator().manual_seed(1)
-    keys, values = (torch.randn(2, batch, 2, 6, 8, generator=g) for _ in range(2))
-    valid = torch.ones(batch, 6, dtype=torch.bool)
-    state = torch.randn(batch, 1, WIDTH, generator=g)
-    return expert.context(
-        PrefixCache(tuple(keys), tuple(values), valid, valid.sum(1)), state, head.fresh_condition(state)
-    )
-
-
-def target(batch: int = 4) -> Target:
-    g = torch.Generator().manual_seed(2)
-    valid = torch.arange(STEPS) < torch.tensor([5, 5, 3, 1])[:batch, None]
-    dim_mask = torch.tensor([True, True, False]).expand(batch, -1)
-    return Target(torch.randn(batch, STEPS, DIMS, generator=g), valid, dim_mask)
-
-
-def draws(rows: list[int], size: int = 4) -> Draws:
-    return Draws(seed=7, global_size=size, rows=torch.tensor(rows))
+DIMS = 3
 
 
 def test_interpolation_is_noise_at_one_and_data_at_zero() -> None:
@@ -68,61 +34,47 @@ def test_time_law() -> None:
     assert float(time.max()) <= 1.0
 
 
-class ExactField(FlowHead):
-    """The exact velocity towards one known chunk: (x - a) / t."""
-
-    goal: Tensor
-
-    def velocity(self, noisy: Tensor, time: Tensor, call: ExpertCall) -> Tensor:
-        return (noisy - self.goal) / time[..., None]
-
-
 @pytest.mark.parametrize("steps", [1, 4, 10])
-def test_sampling_follows_the_field_to_the_data(steps: int) -> None:
+def test_sampling_follows_the_field_to_the_data(kit: SimpleNamespace, steps: int) -> None:
     """The exact straight-line field is integrated without error by any number of Euler steps."""
-    _, expert, ctx = parts()
-    exact = ExactField(FlowConfig("flow", "concat", steps, 1.0, 1), DIMS, WIDTH)
-    exact.goal = torch.randn(4, 2, STEPS, DIMS)
-    call = ExpertCall(expert, ctx, 2, STEPS)
-    out = exact.sample(call, (4, 2, STEPS, DIMS), torch.Generator().manual_seed(0))
-    torch.testing.assert_close(out, exact.goal, atol=1e-5, rtol=0)
+    parts = kit.make(replace(kit.FLOW, steps=steps))
+    goal = torch.randn(kit.BATCH, 2, kit.STEPS, kit.PADDED)
+
+    def exact(state: Tensor, time: Tensor, noise: Tensor | None = None) -> Prediction:
+        """The velocity towards one known chunk: (x - a) / t."""
+        return Prediction((state - goal) / time[..., None])
+
+    torch.testing.assert_close(parts.sample(2, predictor=exact).actions, goal, atol=1e-5, rtol=0)
 
 
-def test_noise_scale_zero_starts_at_the_mean() -> None:
-    zero = FlowHead(FlowConfig("flow", "concat", 4, 0.0, 1), DIMS, WIDTH)
-    assert not zero.init((1, 2, STEPS, DIMS), torch.Generator(), torch.device("cpu")).any()
+def test_noise_scale_zero_starts_at_the_mean(kit: SimpleNamespace) -> None:
+    zero = FlowHead(replace(kit.FLOW, noise_scale=0.0), DIMS, 8)
+    assert not zero.init((1, 2, 5, DIMS), torch.Generator(), torch.device("cpu")).any()
 
 
-@pytest.mark.parametrize("time", ["concat", "adarms"])
-def test_loss_ignores_padding(time: str) -> None:
-    head, expert, ctx = parts(time)
-    full = target()
-    predicted: list[Tensor] = []
-
-    class Recorder(FlowHead):
-        def velocity(self, noisy: Tensor, time: Tensor, call: ExpertCall) -> Tensor:
-            out = FlowHead.velocity(self, noisy, time, call)
-            out.retain_grad()
-            predicted.append(out)
-            return out
-
-    recorder = Recorder(head.config, DIMS, WIDTH)
-    recorder.load_state_dict(head.state_dict())
-    recorder.loss(expert, ctx, full, draws([0, 1, 2, 3])).total.backward()
-    gradient = predicted[0].grad
-    assert gradient is not None
-    assert not gradient[..., 2].any()  # a padded dimension
-    assert not gradient[~full.valid[:, None].expand(gradient.shape[:3])].any()
-    assert gradient[3, :, 0, :2].all()
+@pytest.mark.parametrize("name", ["flow", "flow_adarms"])
+def test_loss_ignores_padding(kit: SimpleNamespace, name: str) -> None:
+    head, full = kit.make(kit.HEADS[name]).head, kit.target()
+    held = torch.zeros(kit.BATCH, 2, kit.STEPS, dtype=torch.bool)
+    asked = head.corrupt(full, Draws(7, kit.BATCH, torch.arange(kit.BATCH)), held).asked
+    assert not asked[..., 2].any(), "a padded dimension"
+    assert torch.equal(asked[..., 0], full.valid[:, None].expand(-1, 2, -1))
 
 
-def test_per_token_time_reaches_its_token() -> None:
-    for time in ("concat", "adarms"):
-        head, expert, ctx = parts(time)
-        call = ExpertCall(expert, ctx, 1, STEPS)
-        x = torch.randn(4, 1, STEPS, DIMS)
-        t = torch.full((4, 1, STEPS), 0.5)
-        before = head.velocity(x, t, call)
+@pytest.mark.parametrize("name", ["flow", "flow_adarms"])
+def test_per_token_time_reaches_its_token(kit: SimpleNamespace, name: str) -> None:
+    parts = kit.make(kit.HEADS[name])
+    x = torch.randn(kit.BATCH, 1, kit.STEPS, kit.PADDED)
+    t = torch.full((kit.BATCH, 1, kit.STEPS), 0.5)
+    with torch.no_grad():
+        before = parts.denoiser(1)(x, t).out
         t[..., 2] = 0.0
-        changed = (head.velocity(x, t, call) - before).abs().amax(dim=(0, 1, 3))
-        assert changed[2] > 1e-4
+        changed = (parts.denoiser(1)(x, t).out - before).abs().amax(dim=(0, 1, 3))
+    assert changed[2] > 1e-4
+
+
+@pytest.mark.parametrize(("distance", "expected"), [(0.0, 0.0), (1.0, 0.5662), (100.0, 0.6931)])
+def test_error_entropy_known_answers(distance: float, expected: float) -> None:
+    """-log of the mean kernel of two errors at a distance; equal errors cost nothing."""
+    errors = torch.tensor([[7.0, 0.0], [7.0 + distance, 0.0]])
+    assert float(error_entropy(errors)) == pytest.approx(expected, abs=1e-4)

@@ -98,7 +98,7 @@ def test_the_same_seed_builds_the_same_policy(policy: VLAPolicy) -> None:
         torch.equal(a, b) for a, b in zip(policy.state_dict().values(), again.state_dict().values(), strict=True)
     )
     other = VLAPolicy.build(CONFIG, STATISTICS, seed=1)
-    assert not torch.equal(policy.state_proj.weight, other.state_proj.weight)
+    assert not torch.equal(policy.fresh.state_proj.weight, other.fresh.state_proj.weight)
 
 
 def test_every_trainable_weight_learns(policy: VLAPolicy) -> None:

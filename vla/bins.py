@@ -19,7 +19,8 @@ class Bins:
     """
 
     def __init__(self, count: int, dims: int, binary: Sequence[int] = ()) -> None:
-        self.count, self.binary = count, torch.zeros(dims, dtype=torch.bool)
+        self.count, self.dims = count, dims
+        self.binary = torch.zeros(dims, dtype=torch.bool)
         self.binary[list(binary)] = True
 
     def encode(self, actions: Tensor) -> Tensor:

@@ -9,12 +9,13 @@ Attention rule: the prefix sees itself; fresh tokens see the prefix and themselv
 their own chunk. So nothing before the actions depends on the actions (pi0's blocks).
 
 Several chunks for one observation (noise draws in training, samples, horizons) are packed side by side in
-the token axis: "groups". They share the context without a copy and do not see one another.
+the token axis as blocks. They share the context without a copy and do not see one another.
 
-Axes: B batch, G groups, H steps, T = G*H action tokens, F fresh tokens, P prefix tokens, W width,
+Axes: B batch, T action tokens of all blocks, F fresh tokens, P prefix tokens, W width,
 N query heads, K key-value heads, D head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -151,14 +152,14 @@ class ActionExpert(nn.Module):
             next_position=cache.next_position + count,
         )
 
-    def layout(self, context: Context, groups: int, steps: int) -> Layout:
-        """Masks and positions for `groups` chunks of `steps` tokens; constant over the denoising loop."""
+    def layout(self, context: Context, lengths: Sequence[int]) -> Layout:
+        """Masks and positions for blocks of `lengths` tokens side by side; constant over the denoising loop."""
         device = context.valid.device
-        positions = context.next_position[:, None] + torch.arange(steps, device=device).repeat(groups)
-        block = torch.ones(steps, steps, dtype=torch.bool, device=device)
+        positions = context.next_position[:, None] + torch.cat([torch.arange(n, device=device) for n in lengths])
+        blocks = [torch.ones(n, n, dtype=torch.bool, device=device) for n in lengths]
         if self.config.action_attention == "causal":
-            block = block.tril()
-        return self._layout(context.valid, context.prefix_len, positions, torch.block_diag(*[block] * groups))
+            blocks = [block.tril() for block in blocks]
+        return self._layout(context.valid, context.prefix_len, positions, torch.block_diag(*blocks))
 
     def _layout(self, valid: Tensor, prefix_len: int, positions: Tensor, own: Tensor) -> Layout:
         rows, count = positions.shape

@@ -18,6 +18,7 @@ class FlowConfig:
     steps: int  # Euler steps of the sampler
     noise_scale: float  # standard deviation of the starting noise when sampling; 0 starts at the mean
     draws: int  # noise and time draws per prefix and training step
+    error_entropy: float = 0.0  # weight of the T-MEE term on the velocity errors; its code has 0.01
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 loss(batch)           training, through the same cached path as inference
 encode(...)           slow: images and instruction -> PrefixCache
-sample(cache, ...)    fast: cache and state -> chunks
+sample(cache, ...)    fast: cache, state and what steers -> chunks
 infer(observation)    both, for the runtime: `vla.types.Policy`
 """
 
@@ -20,39 +20,21 @@ from vla.backbones.build import new_backbone
 from vla.batch import Batch
 from vla.cache import PrefixCache
 from vla.codec import Codec
-from vla.errors import UsageError
+from vla.conditions import Conditions, Steering
+from vla.denoiser import Denoiser, Guided, Predictor
 from vla.expert import ActionExpert, Context
-from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, RegressionConfig
-from vla.heads.base import ActionHead, Draws, ExpertCall, Target
-from vla.heads.discrete_diffusion import DiscreteDiffusionHead
-from vla.heads.e0 import E0Head
-from vla.heads.flow import FlowHead
-from vla.heads.regression import RegressionHead
+from vla.fresh import Fresh, FreshInputs
+from vla.heads.base import Draws, Target
+from vla.heads.build import make_head
+from vla.horizons import HorizonGate, consensus
 from vla.losses import LossOut
+from vla.objective import policy_loss
 from vla.policy_config import PolicyConfig
 from vla.processor import Processor
+from vla.rtc import Committed, Guidance, prefix_weights
+from vla.sampling import Sampled, sample
 from vla.stats import Statistics
-from vla.types import ActionChunk, ActionSpec, Observation
-
-
-def make_head(config: PolicyConfig, real_dim: int) -> ActionHead:
-    """The head that `config.head` names, for actions of `real_dim` dimensions padded to `config.action_dim`.
-
-    Raises:
-        UsageError: the head's settings name a dimension that the actions do not have.
-    """
-    head, padded, width = config.head, config.action_dim, config.expert.width
-    match head:
-        case FlowConfig():
-            return FlowHead(head, padded, width)
-        case RegressionConfig():
-            return RegressionHead(head, padded, width)
-        case DiscreteDiffusionConfig():
-            if any(not 0 <= d < real_dim for d in head.binary_dims):
-                raise UsageError(f"policy.head.binary_dims is {head.binary_dims}; the actions have 0..{real_dim - 1}.")
-            return DiscreteDiffusionHead(head, real_dim, padded, width)
-        case E0Config():
-            return E0Head(head, real_dim, padded, width)
+from vla.types import ActionChunk, ActionSpec, Observation, UnderWay
 
 
 class VLAPolicy(nn.Module):
@@ -60,10 +42,13 @@ class VLAPolicy(nn.Module):
 
     def __init__(self, config: PolicyConfig, backbone: Backbone, processor: Processor) -> None:
         super().__init__()
+        width = config.expert.width
         self.config, self.processor = config, processor
         self.backbone = backbone
         self.expert = ActionExpert(config.expert, backbone.shape)
-        self.state_proj = nn.Linear(config.state_dim, config.expert.width)
+        self.fresh = FreshInputs(config, backbone.width)
+        self.conditions = Conditions(config.conditions, config.fast_slow, width)
+        self.gate = HorizonGate(config.mixture, width) if config.mixture else None
         self.head = make_head(config, processor.codec.action_spec.dim)
         self._generator = torch.Generator()
 
@@ -101,12 +86,12 @@ class VLAPolicy(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.state_proj.weight.device
+        return next(self.expert.parameters()).device
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by part: "vision", "connector", "text", "expert"."""
         parts: dict[str, Sequence[nn.Module]] = {k: [v] for k, v in self.backbone.parts().items()}
-        parts["expert"] = [self.expert, self.state_proj, self.head]
+        parts["expert"] = [self.expert, self.fresh, self.conditions, self.head, *([self.gate] if self.gate else [])]
         groups = {k: [p for m in modules for p in m.parameters() if p.requires_grad] for k, modules in parts.items()}
         return {k: v for k, v in groups.items() if v}
 
@@ -117,28 +102,70 @@ class VLAPolicy(nn.Module):
     def loss(self, batch: Batch) -> LossOut:
         """The head's loss, a mean over the micro-batch's own supervised entries."""
         cache = self.encode(batch.images, batch.image_mask, batch.tokens, batch.token_mask)
+        if self.config.fast_slow is not None:
+            cache = cache.select(batch.observation)
+        fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, Steering(age=batch.age))
+        denoiser = self.denoiser(self.context(cache, fresh), fresh.steering, self.head.draws)
         target = Target(actions=batch.actions, valid=batch.valid, dim_mask=batch.dim_mask)
         draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
-        return self.head.loss(self.expert, self.context(cache, batch.state), target, draws)
+        return policy_loss(
+            self.head, denoiser, target, draws, committed=self.config.committed, mixture=self.config.mixture
+        )
 
     def encode(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> PrefixCache:
         """Slow path; arguments as `Batch`."""
         return self.backbone.encode(images, image_mask, tokens, token_mask)
 
-    def context(self, cache: PrefixCache, state: Tensor) -> Context:
-        """Cache and state (B, S) in model units -> what the action tokens attend to."""
-        fresh = self.state_proj(state.to(self.state_proj.weight.dtype))[:, None]
-        return self.expert.context(cache, fresh, self.head.fresh_condition(fresh))
+    def context(self, cache: PrefixCache, fresh: Fresh) -> Context:
+        """Cache and fresh inputs of as many rows -> what the action tokens attend to."""
+        token = self.fresh.prefix_token(fresh)
+        if token is not None:  # exact: images and text do not see the state, so their keys and values stay
+            alone = torch.ones(1, 1, dtype=torch.bool, device=token.device)
+            cache, _ = self.backbone.extend(cache, token, alone, alone.expand(cache.batch, 1))
+        tokens = self.fresh.tokens(fresh)
+        return self.expert.context(cache, tokens, self.head.fresh_condition(tokens))
+
+    def denoiser(self, context: Context, steering: Steering, groups: int) -> Denoiser:
+        """The network for `groups` chunks of each row of the context."""
+        condition = self.conditions(steering, context.valid.shape[0], groups)
+        steps = self.config.past + self.config.chunk
+        return Denoiser(self.head, self.expert, self.gate, context, groups, steps, condition)
 
     @torch.no_grad()
-    def sample(self, cache: PrefixCache, state: Tensor, n: int, generator: torch.Generator) -> Tensor:
+    def sample(
+        self,
+        cache: PrefixCache,
+        fresh: Fresh,
+        n: int,
+        generator: torch.Generator,
+        *,
+        committed: Committed | None = None,
+        guidance: Guidance | None = None,
+    ) -> Sampled:
         """Fast path: n chunks for each entry, (B, n, H, A) in model units, on one shared prefix.
 
         From the same generator state the first m of n samples are the m samples of a call with n = m.
         """
-        context = self.context(cache, state)
-        call = ExpertCall(self.expert, context, n, self.head.token_count(self.config.chunk))
-        return self.head.sample(call, (cache.batch, n, self.config.chunk, self.config.action_dim), generator)
+        return sample(
+            self.head,
+            self._predictor(self.context(cache, fresh), fresh.steering, n),
+            (cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim),
+            generator,
+            self.device,
+            real_dim=self.action_spec.dim,
+            committed=committed,
+            guidance=guidance,
+        )
+
+    def _predictor(self, context: Context, steering: Steering, n: int) -> Predictor:
+        settings = self.config.conditions
+        if settings is None or settings.intent < 0:
+            return self.denoiser(context, steering, n)
+        intent = torch.full((context.valid.shape[0], n), settings.intent, device=self.device)
+        if settings.scale == 1:
+            return self.denoiser(context, replace(steering, intent=intent), n)
+        both = replace(steering, intent=torch.cat((torch.full_like(intent, -1), intent), dim=1))
+        return Guided(self.head, self.denoiser(context, both, 2 * n), settings.scale)
 
     @torch.no_grad()
     def encode_observation(self, observation: Observation) -> PrefixCache:
@@ -154,29 +181,82 @@ class VLAPolicy(nn.Module):
         )
         return replace(cache, stamp_s=observation.stamp_s)
 
-    def sample_n(self, observation: Observation, n: int, cache: PrefixCache | None = None) -> np.ndarray:
-        """n chunks (n, H, A) float32 in physical units for one observation, which is encoded once."""
+    def sample_n(
+        self,
+        observation: Observation,
+        n: int,
+        cache: PrefixCache | None = None,
+        under_way: UnderWay | None = None,
+    ) -> np.ndarray:
+        """n chunks (n, H, A) float32 in physical units for one observation, which is encoded once.
+
+        Args:
+            cache: an encoding of this observation or of an earlier one, which then counts as older.
+            under_way: what of the previous chunk is still to be executed; continued as `config.continuation` says.
+        """
         cache = self.encode_observation(observation) if cache is None else cache
-        state = self._tensor(self.processor.codec.encode_state(observation.state))[None]
-        chunks = self.sample(cache, state, n, self._generator)[0]
-        return self.processor.codec.decode_actions(chunks.float().cpu().numpy())
+        return self._physical(self._draw(cache, observation, n, under_way))
+
+    def _draw(self, cache: PrefixCache, observation: Observation, n: int, under_way: UnderWay | None) -> Sampled:
+        committed, guidance = self._continuation(under_way)
+        fresh = self._fresh(observation, cache)
+        return self.sample(cache, fresh, n, self._generator, committed=committed, guidance=guidance)
+
+    def _physical(self, sampled: Sampled) -> np.ndarray:
+        """The chunks (n, H, A) of the one row."""
+        return self.processor.codec.decode_actions(sampled.actions[0].float().cpu().numpy())
+
+    def _fresh(self, observation: Observation, cache: PrefixCache) -> Fresh:
+        images, present = self.processor.fast_images(observation.images)
+        age = round((observation.stamp_s - cache.stamp_s) * self.action_spec.rate_hz)
+        return Fresh(
+            state=self._tensor(self.processor.codec.encode_state(observation.state))[None],
+            images=self._tensor(images)[None],
+            image_mask=self._tensor(present)[None],
+            steering=Steering(age=torch.tensor([float(age)], device=self.device)),
+        )
+
+    def _continuation(self, under_way: UnderWay | None) -> tuple[Committed | None, Guidance | None]:
+        settings = self.config.continuation
+        if settings is None or under_way is None or not len(under_way.actions):
+            return None, None
+        chunk = self.config.chunk
+        rows = self.processor.codec.encode_actions(under_way.actions[:chunk])
+        actions = self._tensor(np.pad(rows, ((0, chunk - len(rows)), (0, 0))))[None]
+        fixed = min(under_way.fixed, chunk - 1)
+        if settings.method == "trained":
+            return Committed(actions, torch.tensor([fixed], device=self.device)), None
+        weights = prefix_weights(fixed, len(rows), chunk, settings.schedule).to(self.device)
+        return None, Guidance(actions, weights, settings.strength, settings.method)
 
     def reset(self, seed: int) -> None:
         self._generator.manual_seed(seed)
 
-    def infer(self, observation: Observation) -> ActionChunk:
+    def infer(self, observation: Observation, under_way: UnderWay | None = None) -> ActionChunk:
         """Answer an observation with one chunk, in physical units and not clipped."""
         start = time.perf_counter()
         cache = self.encode_observation(observation)
         encoded = time.perf_counter()
-        actions = self.sample_n(observation, 1, cache)[0]
-        done = time.perf_counter()
+        chunk = self.act(cache, observation, under_way)
+        return replace(chunk, diagnostics={"encode_ms": 1e3 * (encoded - start), **chunk.diagnostics})
+
+    def act(self, cache: PrefixCache, observation: Observation, under_way: UnderWay | None = None) -> ActionChunk:
+        """The fast path alone: a chunk for the newest state, from an encoding that may be older."""
+        start = time.perf_counter()
+        sampled = self._draw(cache, observation, 1, under_way)
+        actions = self._physical(sampled)[0]
+        diagnostics = {"denoise_ms": 1e3 * (time.perf_counter() - start)}
+        execute, mixture = self.config.execute, self.config.mixture
+        if sampled.disagreement is not None and mixture is not None and mixture.consensus is not None:
+            apart = sampled.disagreement[0, 0].float().cpu().numpy()
+            execute = consensus(apart, mixture.horizons, mixture.consensus)
+            diagnostics["disagreement"] = float(apart.mean())
         return ActionChunk(
             stamp_s=observation.stamp_s,
             period_s=1.0 / self.action_spec.rate_hz,
             actions=actions,
-            execute=self.config.execute,
-            diagnostics={"encode_ms": 1e3 * (encoded - start), "denoise_ms": 1e3 * (done - encoded)},
+            execute=execute,
+            diagnostics=diagnostics,
         )
 
     def _tensor(self, array: np.ndarray) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Literal
 from vla.backbone_config import BackboneConfig
 from vla.codec import Normalization
 from vla.errors import UsageError
-from vla.head_config import DiscreteDiffusionConfig, E0Config, HeadConfig
+from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, HeadConfig
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,25 @@ class ConditionConfig:
     modes: int  # behaviour modes of task switching (forward, rollback, advance); 0: none
     intents: int  # intents for classifier-free guidance; 0: none
     drop: float  # share of training chunks whose intent is hidden, so that guidance has its reference
+    intent: int = -1  # when sampling: which intent to follow; -1 none
+    scale: float = 1.0  # when sampling: classifier-free guidance towards it; 0 ignores it, 1 samples it plainly
+
+    def __post_init__(self) -> None:
+        if min(self.modes, self.intents) < 0 or not 0 <= self.drop <= 1 or not -1 <= self.intent < self.intents:
+            raise UsageError(
+                f"policy.conditions needs modes and intents of 0 or more, drop in 0..1 and intent in -1..intents-1, "
+                f"got {self}."
+            )
+
+
+@dataclass(frozen=True)
+class ContinuationConfig:
+    """Real-time chunking: how a new chunk continues the one that is under way while it is computed."""
+
+    method: Literal["trained", "vjp", "identity", "prior"]  # trained: any head trained with policy.committed > 0;
+    # vjp, identity: flow heads, guided while sampling; prior: heads over bins, drawn to the earlier bins
+    schedule: Literal["hard", "linear", "exponential"]  # of the pull beyond the committed steps; `trained` has none
+    strength: float  # largest guidance weight (5 in the paper); for `prior` logits added to the earlier bin
 
 
 @dataclass(frozen=True)
@@ -102,6 +121,7 @@ class PolicyConfig:
     mixture: MixtureConfig | None = None
     fast_slow: FastSlowConfig | None = None
     conditions: ConditionConfig | None = None
+    continuation: ContinuationConfig | None = None  # null: every chunk begins anew
     committed: int = 0  # steps at most already under way when a chunk is asked for: trains their continuation
     past: int = 0  # steps before the observation that are predicted too (past-token prediction)
     history: int = 0  # states before the observation that the policy gets
@@ -109,15 +129,6 @@ class PolicyConfig:
     def __post_init__(self) -> None:
         if not 1 <= self.execute <= self.chunk:
             raise UsageError(f"policy.execute must be 1..chunk ({self.chunk}), got {self.execute}.")
-        if self.mixture is not None and self.mixture.horizons[-1] != self.chunk:
-            raise UsageError(
-                f"policy.mixture.horizons {list(self.mixture.horizons)} must end with policy.chunk, {self.chunk}."
-            )
-        if not 0 <= self.committed < self.chunk or min(self.past, self.history) < 0:
-            raise UsageError(
-                f"policy.committed must be 0..{self.chunk - 1}, policy.past and policy.history 0 or more, "
-                f"got {self.committed}, {self.past} and {self.history}."
-            )
         if not self.cameras or len(set(self.cameras)) != len(self.cameras):
             raise UsageError(f"policy.cameras needs one or more different names, got {self.cameras}.")
         adaptive = getattr(self.head, "time", "none") == "adarms"
@@ -131,3 +142,41 @@ class PolicyConfig:
                 f"policy.head {self.head.kind!r} has its bins between the data's 1 % and 99 % quantiles and needs "
                 f"policy.normalization 'quantile', got {self.normalization!r}."
             )
+        self._check_options()
+
+    def _check_options(self) -> None:
+        if self.mixture is not None and self.mixture.horizons[-1] != self.chunk:
+            raise UsageError(
+                f"policy.mixture.horizons {list(self.mixture.horizons)} must end with policy.chunk, {self.chunk}."
+            )
+        if self.mixture is not None and self.expert.action_attention == "causal":
+            raise UsageError(
+                "policy.mixture needs policy.expert.action_attention 'bidirectional': with 'causal' no step sees a "
+                "later one, so every horizon would predict the same."
+            )
+        if not 0 <= self.committed < self.chunk or min(self.past, self.history) < 0:
+            raise UsageError(
+                f"policy.committed must be 0..{self.chunk - 1}, policy.past and policy.history 0 or more, "
+                f"got {self.committed}, {self.past} and {self.history}."
+            )
+        if self.past and (self.mixture is not None or self.committed):
+            raise UsageError("policy.past does not go together with policy.mixture or policy.committed; set one to 0.")
+        if self.history and self.state != "suffix":
+            raise UsageError(f"policy.history needs policy.state 'suffix', got {self.state!r}.")
+        if self.continuation is not None:
+            _check_continuation(self.continuation, self.head, self.committed)
+
+
+def _check_continuation(continuation: ContinuationConfig, head: HeadConfig, committed: int) -> None:
+    method = continuation.method
+    fits = {
+        "trained": committed > 0,
+        "vjp": isinstance(head, FlowConfig),
+        "identity": isinstance(head, FlowConfig),
+        "prior": isinstance(head, DiscreteDiffusionConfig | E0Config),
+    }
+    if not fits[method]:
+        raise UsageError(
+            f"policy.continuation.method {method!r} does not fit head {head.kind!r} with policy.committed {committed}: "
+            f"{[m for m, fit in fits.items() if fit]} do ('trained' wants policy.committed > 0 in training)."
+        )

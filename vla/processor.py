@@ -3,7 +3,7 @@
 The same object prepares training rows and live observations, so there is one set of conventions.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -27,7 +27,18 @@ class Processor:
         Raises:
             TandemError: none of the policy's cameras is there.
         """
-        size, names = self.config.image_size, self.config.cameras
+        return self._pictures(images, self.config.cameras, self.config.image_size)
+
+    def fast_images(self, images: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """As `images`, for the cameras that the fast path sees: (Vf, h, w, 3) uint8 and (Vf,) bool; Vf may be 0."""
+        settings = self.config.fast_slow
+        if settings is None or not settings.cameras:
+            return np.zeros((0, 1, 1, 3), np.uint8), np.zeros(0, bool)
+        return self._pictures(images, settings.cameras, settings.image_size)
+
+    def _pictures(
+        self, images: Mapping[str, np.ndarray], names: Sequence[str], size: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         present = np.array([name in images for name in names])
         if not present.any():
             raise TandemError(

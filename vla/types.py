@@ -153,6 +153,21 @@ class ActionChunk:
         object.__setattr__(self, "actions", frozen(self.actions))
 
 
+@dataclass(frozen=True)
+class UnderWay:
+    """What of the previous chunk is not executed yet when an observation is taken, in the new chunk's frame."""
+
+    actions: np.ndarray  # (K, A) float32, physical units; row 0 is for the first control step after the observation
+    fixed: int  # rows that will be executed whatever the answer is (the inference delay), 0..K
+
+    def __post_init__(self) -> None:
+        if self.actions.ndim != 2 or not 0 <= self.fixed <= len(self.actions):
+            raise TandemError(
+                f"UnderWay needs actions (K, A) and fixed in 0..K, got {self.actions.shape} and {self.fixed}."
+            )
+        object.__setattr__(self, "actions", frozen(self.actions))
+
+
 class Decision(Enum):
     """What safety does with a command, from harmless to final."""
 

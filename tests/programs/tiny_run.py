@@ -27,7 +27,7 @@ from train.training_state import Learner
 from vla.batch import Batch
 from vla.cli import run
 from vla.config import to_data
-from vla.losses import LossOut, masked_mean
+from vla.losses import LossOut, batch_mean, chunk_mean
 
 STATE, ACTION, HORIZON, VOCABULARY = 5, 3, 4, 11
 
@@ -70,7 +70,8 @@ class Tiny(nn.Module):
             torch.empty(2**50)
         hidden = self.trunk(torch.cat((batch.state, self.text(batch.tokens).mean(dim=1)), dim=1))
         error = (self.head(hidden).view(-1, HORIZON, ACTION).float() - batch.actions) ** 2
-        loss = masked_mean(error, batch.valid, batch.dim_mask)
+        asked = batch.valid[:, None, :, None] & batch.dim_mask[:, None, None]
+        loss = batch_mean(chunk_mean(error[:, None], asked), asked.sum((1, 2, 3)).float())
         return LossOut(total=loss, terms={"error": loss.detach(), "twice": 2 * loss.detach()})
 
 

@@ -1,20 +1,19 @@
 """What every action head offers.
 
 A head says what the expert's action tokens are: how a chunk is corrupted for training, how the corrupted
-chunk becomes tokens, what the hidden states predict, and how sampling advances. The expert, the prefix and
-the packing of groups are the same for all.
+chunk becomes tokens, what the hidden states say, and how sampling advances. How often the expert is run on it,
+for how many horizons, and what guides it, is the same for all (`vla.denoiser`, `vla.objective`, `vla.sampling`).
 
-Axes: B batch, G groups (draws or samples sharing one prefix), H steps, A action dims, T = G*H, W width.
+Axes: B batch, G groups (draws or samples sharing one prefix), N horizons, H steps, A action dims, D dimensions
+that the head predicts (A, or the real ones), T = tokens_per_step * H, W width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-
-from vla.expert import ActionExpert, Context
-from vla.losses import LossOut
 
 
 @dataclass(frozen=True)
@@ -38,8 +37,9 @@ class Draws:
     global_size: int
     rows: Tensor  # (B,) int64
 
-    def generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.seed)
+    def generator(self, purpose: int = 0) -> torch.Generator:
+        """A stream of its own for each purpose, so that an option does not shift the draws of another."""
+        return torch.Generator().manual_seed(self.seed + 7_919 * purpose)
 
     def normal(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         """(B, *shape) standard normal draws of these rows, on the CPU."""
@@ -50,70 +50,86 @@ class Draws:
         return torch.rand((self.global_size, *shape), generator=generator)[self.rows.cpu()]
 
 
-def grouped_normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """(B, G, ...) standard normal draws, group by group: the first of n samples is the one sample of n = 1."""
+def grouped(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """(B, G, ...) numbers from `draw` (torch.randn, torch.rand), group by group.
+
+    So the first of n samples is the one sample of n = 1.
+    """
     batch, groups, *rest = shape
-    return torch.stack([torch.randn((batch, *rest), generator=generator) for _ in range(groups)], dim=1)
+    return torch.stack([draw((batch, *rest), generator=generator) for _ in range(groups)], dim=1)
 
 
-def grouped_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """As `grouped_normal`, from [0, 1)."""
-    batch, groups, *rest = shape
-    return torch.stack([torch.rand((batch, *rest), generator=generator) for _ in range(groups)], dim=1)
+@dataclass(frozen=True)
+class Corrupted:
+    """What the network is shown in training, and what is asked of it."""
+
+    state: Tensor  # (B, G, H, ...) of the head's own form
+    time: Tensor  # (B, G, H) float32, how noisy each step is: 1 noise, 0 data
+    answer: Tensor  # (B, G, H, D) what `errors` compares with
+    asked: Tensor  # (B, G, H, D) bool, entries that count
 
 
 class ActionHead(ABC, nn.Module):
     """Primitives of training and sampling; a state is whatever the head denoises (actions, token ids, ...)."""
 
     steps: int  # sampler steps
-
-    @abstractmethod
-    def token_count(self, chunk: int) -> int:
-        """Action tokens of one chunk of `chunk` steps."""
+    draws: int  # corruptions per prefix and training step
+    tokens_per_step: int  # expert tokens of one control step
+    error_name: str  # of its loss in the log
 
     @abstractmethod
     def fresh_condition(self, fresh: Tensor) -> Tensor | None:
         """Condition of the fresh tokens (B, F, W), or None if the expert's norms take none."""
 
     @abstractmethod
-    def loss(self, expert: ActionExpert, context: Context, target: Target, draws: Draws) -> LossOut: ...
+    def corrupt(self, target: Target, draws: Draws, held: Tensor) -> Corrupted:
+        """`draws` corruptions of each chunk; steps in `held` (B, G, H) bool stay clean and are not asked for."""
+
+    @abstractmethod
+    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        """State (B, G, H, ...) at noise levels (B, G, H) -> tokens (B, G, T, W) and their condition or None."""
+
+    @abstractmethod
+    def read(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., T, W) -> what the network says of each step (..., H, ...)."""
+
+    @abstractmethod
+    def errors(self, out: Tensor, answer: Tensor) -> Tensor:
+        """(..., H, D) float32, the loss of each entry of `out` (..., H, ...)."""
+
+    @abstractmethod
+    def fuse(self, outs: Tensor, weights: Tensor) -> Tensor:
+        """Several networks' words (B, G, N, H, ...) as one (B, G, H, ...); weights (B, G, N, H) sum to 1 over N."""
+
+    @abstractmethod
+    def extrapolate(self, reference: Tensor, out: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (Ho and Salimans 2022): 0 gives `reference`, 1 gives `out`, more goes beyond."""
 
     @abstractmethod
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         """The state that sampling starts from, for chunks of `shape` (B, G, H, A)."""
 
     @abstractmethod
-    def predict(self, state: Tensor, index: int, call: "ExpertCall") -> Tensor:
-        """What the network says of `state` in sampler step `index`, counted from 0."""
+    def time(self, index: int) -> float:
+        """Noise level of the state in sampler step `index`, counted from 0."""
 
     @abstractmethod
-    def advance(self, state: Tensor, out: Tensor, index: int, generator: torch.Generator) -> Tensor:
-        """`state` after sampler step `index`."""
+    def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
+        """`state` with the steps in `held` (B, G, H) bool set to clean `actions` (B, G, H, A)."""
+
+    @abstractmethod
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
+        """`state` after sampler step `index`; the caller holds the `held` steps again."""
+
+    @abstractmethod
+    def movement(self, out: Tensor) -> Tensor:
+        """(..., H, D) in model units: how far this step's word moves the chunk; horizons are compared by it."""
 
     @abstractmethod
     def decode(self, state: Tensor) -> Tensor:
         """The final state as actions (B, G, H, A) in model units."""
 
-    def sample(self, call: "ExpertCall", shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-        """Draw chunks (B, G, H, A) in model units: init, then `steps` times predict and advance, then decode."""
-        state = self.init(shape, generator, call.context.valid.device)
-        for index in range(self.steps):
-            state = self.advance(state, self.predict(state, index, call), index, generator)
-        return self.decode(state)
-
-
-class ExpertCall:
-    """The expert bound to a context and to the packing of groups: tokens (B, G, H, W) in, hidden out.
-
-    Masks and rotary tables are made here, once for all denoising steps.
-    """
-
-    def __init__(self, expert: ActionExpert, context: Context, groups: int, steps: int) -> None:
-        self.expert, self.context = expert, context
-        self.layout = expert.layout(context, groups, steps)
-
-    def __call__(self, tokens: Tensor, cond: Tensor | None) -> Tensor:
-        """(B, G, H, W), cond (B, G, H, W) or None -> (B, G, H, W)."""
-        flat_cond = None if cond is None else cond.flatten(1, 2)
-        hidden = self.expert(tokens.flatten(1, 2), flat_cond, self.context, self.layout)
-        return hidden.view(tokens.shape)
+    def penalties(self, out: Tensor, corrupted: Corrupted) -> dict[str, Tensor]:
+        """Terms added to the loss besides `errors`, by name."""
+        del out, corrupted
+        return {}

@@ -13,17 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.bins import Bins
-from vla.expert import ActionExpert, Context
 from vla.head_config import DiscreteDiffusionConfig
-from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_uniform
-from vla.heads.tokens import ScalarTokens, draws_of
-from vla.losses import LossOut
+from vla.heads.base import Corrupted, Draws, Target, grouped
+from vla.heads.tokens import CategoricalHead, ScalarTokens, draws_of
 
 
-def masked_after(length: int, rounds: int) -> list[int]:
-    """How many of `length` tokens are still hidden after each round: clamp(floor(L cos(pi/2 (j+1)/T)), 1, L-1)."""
-    cosines = (math.cos(math.pi / 2 * (j + 1) / rounds) for j in range(rounds))
-    return [max(1, min(length - 1, math.floor(length * c))) for c in cosines]
+def masked_after(tokens: Tensor, rounds: int, index: int) -> Tensor:
+    """How many of L `tokens` (...) int64 are hidden after round `index`: clamp(floor(L cos(pi/2 (j+1)/T)), 1, L-1)."""
+    share = math.cos(math.pi / 2 * (index + 1) / rounds)
+    return (tokens.double() * share).floor().long().clamp(min=1).minimum(tokens - 1)
 
 
 def remask_threshold(index: int, rounds: int) -> float:
@@ -44,13 +42,13 @@ def hide(real: Tensor, share: Tensor, order: Tensor) -> Tensor:
     return real & (rank < count[..., None])
 
 
-class DiscreteDiffusionHead(ActionHead):
+class DiscreteDiffusionHead(CategoricalHead):
+    """The state is bin ids (B, G, H, D), or MASK."""
+
     def __init__(self, config: DiscreteDiffusionConfig, real_dim: int, action_dim: int, width: int) -> None:
-        super().__init__()
-        self.config, self.steps = config, config.steps
-        self.real_dim, self.action_dim = real_dim, action_dim
-        self.bins = Bins(config.bins, real_dim, config.binary_dims)
-        self.scalars = ScalarTokens(config.layout, real_dim, config.bins, width)
+        bins = Bins(config.bins, real_dim, config.binary_dims)
+        super().__init__(bins, ScalarTokens(config.layout, real_dim, config.bins, width), action_dim)
+        self.config, self.steps, self.draws = config, config.steps, config.draws
         self.embedding = nn.Embedding(config.bins + 1, width)
         nn.init.normal_(self.embedding.weight, std=0.02)
 
@@ -58,62 +56,54 @@ class DiscreteDiffusionHead(ActionHead):
     def mask_id(self) -> int:
         return self.config.bins
 
-    def token_count(self, chunk: int) -> int:
-        return self.scalars.count(chunk)
-
     def fresh_condition(self, fresh: Tensor) -> Tensor | None:
         return None
 
-    def predict(self, state: Tensor, index: int, call: ExpertCall) -> Tensor:
-        """Logits (B, G, H, D, K) for ids (B, G, H, D); bins a dimension cannot take are at -inf."""
-        tokens = self.scalars.tokens(self.embedding(state))
-        logits = self.scalars.logits(call(tokens, None))
-        return logits.masked_fill(~self.bins.allowed().to(logits.device), -torch.inf)
-
-    def loss(self, expert: ActionExpert, context: Context, target: Target, draws: Draws) -> LossOut:
-        """Cross-entropy on hidden tokens only: a mean for each chunk, weighted by its number of valid steps.
-
-        So that the sum over micro-batches is the global batch's, whatever was hidden where.
-        """
-        groups, generator = self.config.draws, draws.generator()
-        ids = self.bins.encode(target.actions[..., : self.real_dim])[:, None].expand(-1, groups, -1, -1)
-        real = target.valid[:, None, :, None].expand(ids.shape)
-        share = torch.cos(torch.pi / 2 * draws.uniform((groups,), generator)).to(ids.device)
-        order = draws.uniform((groups, ids[0, 0].numel()), generator).to(ids.device)
+    def corrupt(self, target: Target, draws: Draws, held: Tensor) -> Corrupted:
+        """Only hidden tokens are asked for."""
+        generator = draws.generator()
+        ids = self.bins.encode(target.actions[..., : self.real_dim])[:, None].expand(-1, self.draws, -1, -1)
+        real = (target.valid[:, None] & ~held)[..., None].expand(ids.shape)
+        share = torch.cos(torch.pi / 2 * draws.uniform((self.draws,), generator)).to(ids.device)
+        order = draws.uniform((self.draws, ids[0, 0].numel()), generator).to(ids.device)
         hidden = hide(real.flatten(2), share, order).view(ids.shape)
-        call = ExpertCall(expert, context, groups, self.token_count(ids.shape[2]))
-        logits = self.predict(ids.masked_fill(hidden, self.mask_id), 0, call)
-        entropy = F.cross_entropy(logits.flatten(0, 3), ids.flatten(), reduction="none").view(ids.shape)
-        per_chunk = (entropy * hidden).sum((2, 3)) / hidden.sum((2, 3)).clamp(min=1)
-        steps = target.valid.sum(1).float()
-        total = (per_chunk.mean(1) * steps).sum() / steps.sum().clamp(min=1)
-        return LossOut(total=total, terms={"cross_entropy": total.detach()})
+        state = ids.masked_fill(hidden, self.mask_id)
+        return Corrupted(state=state, time=hidden.float().mean(-1), answer=ids, asked=hidden)
+
+    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.scalars.tokens(self.embedding(state)), None
 
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         return torch.full((*shape[:3], self.real_dim), self.mask_id, device=device)
 
-    def advance(self, state: Tensor, out: Tensor, index: int, generator: torch.Generator) -> Tensor:
+    def time(self, index: int) -> float:
+        return 0.0  # the network sees how much is hidden
+
+    def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
+        return torch.where(held[..., None], self.bins.encode(actions[..., : self.real_dim]), state)
+
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
         """One round: draw candidates for hidden tokens, then hide the least sure again."""
-        uniform = grouped_uniform((*state.shape, 2), generator).to(state.device)
+        uniform = grouped(torch.rand, (*state.shape, 2), generator).to(state.device)
         hidden = state == self.mask_id
         drawn = draws_of(out / self.config.temperature, uniform[..., 0]) if self.config.temperature else out.argmax(-1)
         candidates = torch.where(hidden, drawn, state)
         if index + 1 == self.steps:
             return candidates
         confidence = self.confidence(out, candidates)
-        scores = confidence
-        if self.config.remask == "decay":  # the released code's rule for committed tokens
-            scores = torch.where(hidden, scores, scores * (1 - (index + 1) / self.steps))
         heat = self.config.choice_temperature * (1 - (index + 1) / self.steps)
         gumbel = -(-uniform[..., 1].clamp(1e-9, 1 - 1e-7).log()).log()
-        ranking = scores.clamp(min=1e-9).log() + heat * gumbel
-        if self.config.remask != "decay":
-            ranking = ranking.masked_fill(~hidden, torch.inf)  # what is committed stays ...
-        count = masked_after(state[0, 0].numel(), self.steps)[index]
-        lowest = ranking.flatten(2).argsort(dim=-1)[..., :count]
-        again = torch.zeros_like(hidden.flatten(2)).scatter(2, lowest, value=True).view(hidden.shape)
-        if self.config.remask == "threshold":  # ... unless it has become doubtful
-            again = again | (~hidden & (confidence < remask_threshold(index, self.steps)))
+        scores, free = confidence, ~held[..., None].expand(hidden.shape)
+        rankable = hidden
+        if self.config.remask == "decay":  # the released code's rule: committed tokens compete, at a discount
+            scores = torch.where(hidden, scores, scores * (1 - (index + 1) / self.steps))
+            rankable = free
+        ranking = (scores.clamp(min=1e-9).log() + heat * gumbel).masked_fill(~rankable, torch.inf)
+        rank = ranking.flatten(2).argsort(dim=-1).argsort(dim=-1).view(hidden.shape)
+        again = rankable & (rank < masked_after(free.sum((2, 3)), self.steps, index)[..., None, None])
+        if self.config.remask == "threshold":  # what is committed stays, unless it has become doubtful
+            own = out.softmax(-1).gather(-1, candidates[..., None])[..., 0]
+            again = again | (free & ~hidden & (own < remask_threshold(index, self.steps)))
         return candidates.masked_fill(again, self.mask_id)
 
     def confidence(self, logits: Tensor, candidates: Tensor) -> Tensor:

@@ -15,12 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.bins import Bins
-from vla.expert import ActionExpert, Context
 from vla.head_config import E0Config
-from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_normal, grouped_uniform
+from vla.heads.base import Corrupted, Draws, Target, grouped
 from vla.heads.time import TimeInput
-from vla.heads.tokens import ScalarTokens, draws_of
-from vla.losses import LossOut, masked_mean
+from vla.heads.tokens import CategoricalHead, ScalarTokens, draws_of
 
 FIRST, LAST = 0.02, 0.995  # cleanest and noisiest tau that carry information
 
@@ -37,58 +35,53 @@ def noised(ids: Tensor, tau: Tensor, eps: Tensor, alpha: float) -> Tensor:
     return tau[..., None] * clean + (1 - tau[..., None]) * eps
 
 
-class E0Head(ActionHead):
-    def __init__(self, config: E0Config, real_dim: int, action_dim: int, width: int) -> None:
-        super().__init__()
-        self.config, self.steps = config, config.steps
-        self.real_dim, self.action_dim = real_dim, action_dim
-        self.bins = Bins(config.bins, real_dim)
-        self.scalars = ScalarTokens(config.layout, real_dim, config.bins, width)
-        self.noisy_in_proj = nn.Linear(config.bins, width)
-        self.time = TimeInput(config.time, width)
+class E0Head(CategoricalHead):
+    """The state is noisy one-hots (B, G, H, D, K); time is 1 - tau."""
 
-    def token_count(self, chunk: int) -> int:
-        return self.scalars.count(chunk)
+    def __init__(self, config: E0Config, real_dim: int, action_dim: int, width: int) -> None:
+        scalars = ScalarTokens(config.layout, real_dim, config.bins, width)
+        super().__init__(Bins(config.bins, real_dim), scalars, action_dim)
+        self.config, self.steps, self.draws = config, config.steps, config.draws
+        self.noisy_in_proj = nn.Linear(config.bins, width)
+        self.time_input = TimeInput(config.time, width)
 
     def fresh_condition(self, fresh: Tensor) -> Tensor | None:
-        return self.time.of_data(fresh)
+        return self.time_input.of_data(fresh)
 
-    def logits(self, noisy: Tensor, tau: Tensor, call: ExpertCall) -> Tensor:
-        """(B, G, H, D, K) for noisy one-hots (B, G, H, D, K) at per-step levels (B, G, H)."""
-        scale = torch.sqrt((tau * self.config.alpha) ** 2 + (1 - tau) ** 2)[..., None, None]
-        tokens = self.scalars.tokens(self.noisy_in_proj(noisy / scale))  # inputs of one size at every level
-        return self.scalars.logits(call(*self.time(tokens, self.scalars.spread(1 - tau))))
-
-    def loss(self, expert: ActionExpert, context: Context, target: Target, draws: Draws) -> LossOut:
-        groups, generator = self.config.draws, draws.generator()
-        ids = self.bins.encode(target.actions[..., : self.real_dim])[:, None].expand(-1, groups, -1, -1)
+    def corrupt(self, target: Target, draws: Draws, held: Tensor) -> Corrupted:
+        generator = draws.generator()
+        ids = self.bins.encode(target.actions[..., : self.real_dim])[:, None].expand(-1, self.draws, -1, -1)
         steps, dims = ids.shape[2:]
-        tau = level(draws.uniform((groups, 1), generator)).to(ids.device).expand(-1, -1, steps)
-        eps = draws.normal((groups, steps, dims, self.config.bins), generator).to(ids.device)
+        tau = level(draws.uniform((self.draws, 1), generator)).to(ids.device).expand(-1, -1, steps)
+        tau = tau.masked_fill(held, 1)
+        eps = draws.normal((self.draws, steps, dims, self.config.bins), generator).to(ids.device)
         noisy = noised(ids, tau[..., None].expand(ids.shape), eps, self.config.alpha)
-        call = ExpertCall(expert, context, groups, self.token_count(steps))
-        out = self.logits(noisy, tau, call)
-        entropy = F.cross_entropy(out.flatten(0, 3), ids.flatten(), reduction="none").view(ids.shape)
-        mean = masked_mean(entropy, target.valid[:, None], target.dim_mask[:, None, : self.real_dim])
-        return LossOut(total=mean, terms={"cross_entropy": mean.detach()})
+        asked = (target.valid[:, None] & ~held)[..., None] & target.dim_mask[:, None, None, : self.real_dim]
+        return Corrupted(state=noisy, time=1 - tau, answer=ids, asked=asked)
 
-    def _tau(self, index: int) -> float:
-        return float(level(torch.tensor(index / self.steps)))
+    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        scale = torch.sqrt(((1 - time) * self.config.alpha) ** 2 + time**2)[..., None, None]
+        tokens = self.scalars.tokens(self.noisy_in_proj(state / scale))  # inputs of one size at every level
+        return self.time_input(tokens, self.scalars.spread(time))
 
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         """The first level is all but pure noise, so that it stands in for it."""
-        return grouped_normal((*shape[:3], self.real_dim, self.config.bins), generator).to(device)
+        return grouped(torch.randn, (*shape[:3], self.real_dim, self.config.bins), generator).to(device)
 
-    def predict(self, state: Tensor, index: int, call: ExpertCall) -> Tensor:
-        return self.logits(state, state.new_full(state.shape[:3], self._tau(index)), call)
+    def time(self, index: int) -> float:
+        return 1 - float(level(torch.tensor(index / self.steps)))
 
-    def advance(self, state: Tensor, out: Tensor, index: int, generator: torch.Generator) -> Tensor:
+    def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
+        clean = self.config.alpha * F.one_hot(self.bins.encode(actions[..., : self.real_dim]), self.config.bins)
+        return torch.where(held[..., None, None], clean.to(state.dtype), state)
+
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
         """Draw bins and re-noise them at the next level; the last step names the most probable ones."""
         if index + 1 == self.steps:
             return F.one_hot(out.argmax(-1), self.config.bins).float()
-        uniform = grouped_uniform(state.shape[:4], generator).to(state.device)
-        eps = grouped_normal(state.shape, generator).to(state.device)
-        tau = state.new_full(state.shape[:4], self._tau(index + 1))
+        uniform = grouped(torch.rand, tuple(state.shape[:4]), generator).to(state.device)
+        eps = grouped(torch.randn, tuple(state.shape), generator).to(state.device)
+        tau = state.new_full(state.shape[:4], 1 - self.time(index + 1))
         return noised(draws_of(out, uniform), tau, eps, self.config.alpha)
 
     def decode(self, state: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ Time convention: t = 1 is noise, t = 0 is data. With noise e and actions a,
 
 so sampling starts at t = 1 and takes Euler steps of -1/n.
 
-Axes: B batch, G groups, H steps, A action dims, W width.
+Axes: B batch, G groups, N horizons, H steps, A action dims, W width.
 """
 
 import torch
 from torch import Tensor, nn
 
-from vla.expert import ActionExpert, Context
 from vla.head_config import FlowConfig
-from vla.heads.base import ActionHead, Draws, ExpertCall, Target, grouped_normal
+from vla.heads.base import ActionHead, Corrupted, Draws, Target, grouped
 from vla.heads.time import TimeInput
-from vla.losses import LossOut, masked_mean
+from vla.losses import error_entropy, weighted
 
 
 def interpolate(actions: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -33,44 +32,65 @@ def pi0_time(uniform: Tensor) -> Tensor:
 class FlowHead(ActionHead):
     """Velocity head."""
 
+    tokens_per_step = 1
+    error_name = "flow"
+
     def __init__(self, config: FlowConfig, action_dim: int, width: int) -> None:
         super().__init__()
-        self.config, self.steps = config, config.steps
+        self.config, self.steps, self.draws = config, config.steps, config.draws
         self.action_in_proj = nn.Linear(action_dim, width)
         self.action_out_proj = nn.Linear(width, action_dim)
-        self.time = TimeInput(config.time, width)
-
-    def token_count(self, chunk: int) -> int:
-        return chunk
+        self.time_input = TimeInput(config.time, width)
 
     def fresh_condition(self, fresh: Tensor) -> Tensor | None:
-        return self.time.of_data(fresh)
+        return self.time_input.of_data(fresh)
 
-    def velocity(self, noisy: Tensor, time: Tensor, call: ExpertCall) -> Tensor:
-        """(B, G, H, A) at noisy actions (B, G, H, A) and per-token times (B, G, H)."""
-        return self.action_out_proj(call(*self.time(self.action_in_proj(noisy), time)))
-
-    def loss(self, expert: ActionExpert, context: Context, target: Target, draws: Draws) -> LossOut:
-        """Mean squared velocity error over `draws` noise and time draws for each prefix."""
+    def corrupt(self, target: Target, draws: Draws, held: Tensor) -> Corrupted:
         steps, dims = target.actions.shape[1:]
-        groups, generator = self.config.draws, draws.generator()
-        noise = draws.normal((groups, steps, dims), generator).to(target.actions.device)
-        uniform = draws.uniform((groups, 1), generator).to(target.actions.device)
-        time = pi0_time(uniform).expand(-1, -1, steps)
+        generator, device = draws.generator(), target.actions.device
+        noise = draws.normal((self.draws, steps, dims), generator).to(device)
+        uniform = draws.uniform((self.draws, 1), generator).to(device)
+        time = pi0_time(uniform).expand(-1, -1, steps).masked_fill(held, 0)
         noisy, velocity = interpolate(target.actions[:, None], noise, time)
-        predicted = self.velocity(noisy, time, ExpertCall(expert, context, groups, steps))
-        error = (predicted.float() - velocity) ** 2
-        flow = masked_mean(error, target.valid[:, None], target.dim_mask[:, None])
-        return LossOut(total=flow, terms={"flow": flow.detach()})
+        asked = (target.valid[:, None] & ~held)[..., None] & target.dim_mask[:, None, None]
+        return Corrupted(state=noisy, time=time, answer=velocity, asked=asked)
+
+    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.time_input(self.action_in_proj(state), time)
+
+    def read(self, hidden: Tensor) -> Tensor:
+        return self.action_out_proj(hidden).float()
+
+    def errors(self, out: Tensor, answer: Tensor) -> Tensor:
+        return (out - answer) ** 2
+
+    def penalties(self, out: Tensor, corrupted: Corrupted) -> dict[str, Tensor]:
+        if self.config.error_entropy == 0:
+            return {}
+        kept = corrupted.asked.any(-1)
+        difference = ((out - corrupted.answer) * corrupted.asked)[kept]
+        return {"error_entropy": self.config.error_entropy * error_entropy(difference)}
+
+    def fuse(self, outs: Tensor, weights: Tensor) -> Tensor:
+        return weighted(outs, weights)
+
+    def extrapolate(self, reference: Tensor, out: Tensor, scale: float) -> Tensor:
+        return torch.lerp(reference, out, scale)
 
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
-        return self.config.noise_scale * grouped_normal(shape, generator).to(device)
+        return self.config.noise_scale * grouped(torch.randn, shape, generator).to(device)
 
-    def predict(self, state: Tensor, index: int, call: ExpertCall) -> Tensor:
-        return self.velocity(state, state.new_full(state.shape[:3], 1 - index / self.steps), call)
+    def time(self, index: int) -> float:
+        return 1 - index / self.steps
 
-    def advance(self, state: Tensor, out: Tensor, index: int, generator: torch.Generator) -> Tensor:
-        return state - out.float() / self.steps
+    def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
+        return torch.where(held[..., None], actions, state)
+
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
+        return state - out / self.steps
+
+    def movement(self, out: Tensor) -> Tensor:
+        return -out / self.steps
 
     def decode(self, state: Tensor) -> Tensor:
         return state

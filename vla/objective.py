@@ -1,0 +1,51 @@
+"""The loss of a policy on one batch: the same for every head, with and without a mixture of horizons.
+
+    L = L_mix + independent * L_ind + balance * L_bal + the head's penalties
+
+Axes: B batch, G groups, N horizons, H steps, D dimensions that the head predicts.
+"""
+
+from torch import Tensor
+
+from vla.denoiser import Predictor
+from vla.heads.base import ActionHead, Draws, Target
+from vla.horizons import balance, independent
+from vla.losses import LossOut, batch_mean, chunk_mean
+from vla.policy_config import MixtureConfig
+from vla.rtc import draw_committed
+
+
+def policy_loss(
+    head: ActionHead,
+    predictor: Predictor,
+    target: Target,
+    draws: Draws,
+    *,
+    committed: int,
+    mixture: MixtureConfig | None,
+) -> LossOut:
+    """Corrupt the target, predict, compare.
+
+    Args:
+        committed: most steps that are given as already under way.
+    """
+    held = draw_committed(draws, head.draws, committed, target.valid)
+    corrupted = head.corrupt(target, draws, held)
+    noise = None
+    if mixture is not None and mixture.gate_noise == "learned":
+        shape = (head.draws, len(mixture.horizons), target.actions.shape[1])
+        noise = draws.normal(shape, draws.generator(purpose=2)).to(target.actions.device)
+    prediction = predictor(corrupted.state, corrupted.time, noise)
+    entries = target.valid.sum(1).float() * target.dim_mask.sum(1)
+    errors = head.errors(prediction.out, corrupted.answer)
+    main = batch_mean(chunk_mean(errors, corrupted.asked), entries)
+    parts: dict[str, Tensor] = {head.error_name: main} | head.penalties(prediction.out, corrupted)
+    if mixture is not None and prediction.branches is not None and prediction.weights is not None:
+        each = prediction.branches.shape[2]
+        answer = corrupted.answer[:, :, None].expand(-1, -1, each, *[-1] * (corrupted.answer.dim() - 2))
+        branch_errors = head.errors(prediction.branches, answer)
+        own = independent(branch_errors, corrupted.asked, mixture.horizons, entries)
+        parts["horizons"] = mixture.independent * own
+        parts["balance"] = mixture.balance * balance(prediction.weights, mixture.horizons)
+    total = sum(parts.values(), main * 0)
+    return LossOut(total=total, terms={name: value.detach() for name, value in parts.items()})

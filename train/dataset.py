@@ -148,12 +148,12 @@ class LeRobotSource:
 
     def steps(self, indices: np.ndarray) -> RawSteps:
         """States and actions at and around the frames `indices` (B,) int64 of this split."""
-        rows, first, last = (a[indices][:, None] for a in (self._rows, self._first, self._last))  # (B, 1)
-        chunk = rows + np.arange(-self.past, self.horizon)  # (B, past + H)
-        before = np.maximum(rows + np.arange(-self.history, 0), first)  # (B, p)
-        inside = np.clip(chunk, first, last)
+        rows, first, last = self._rows[indices], self._first[indices, None], self._last[indices, None]
+        chunk = rows[:, None] + np.arange(-self.past, self.horizon)  # (B, past + H)
+        inside = np.minimum(np.maximum(chunk, first), last)
+        before = np.maximum(rows[:, None] + np.arange(-self.history, 0), first)  # (B, p)
         return RawSteps(
-            state=self._state[rows[:, 0]],
+            state=self._state[rows],
             history=self._state[before],
             actions=self._action[inside],
             valid=inside == chunk,

@@ -95,8 +95,9 @@ class Loader:
         threads: int = 1,
     ) -> None:
         _check_members(members)
-        self._config = members[0].processor.config
-        fast_slow = self._config.fast_slow
+        config = members[0].processor.config
+        self._slow_view, self._fast_view = views(config)
+        self._law = fast_slow = config.fast_slow
         self._shared = fast_slow.frames if fast_slow else 1  # K
         parts = accumulation * world_size * self._shared
         if min(accumulation, world_size, global_batch) < 1 or global_batch % parts:
@@ -154,23 +155,26 @@ class Loader:
         """What the global batch of `step` is made of."""
         count = self._global // self._shared
         member, frame = self._sampler.draw(step * count, count)
-        if self._config.fast_slow is None:
+        if self._law is None:
             return Samples(member, frame, frame[:, None])
-        ages = self._sampler.ages(step, count, self._config.fast_slow)
+        ages = self._sampler.ages(step, count, self._law)
         samples = Samples(member, np.empty_like(frame), np.empty_like(ages))
-        for m in np.unique(member).tolist():
-            here = member == m
-            around = self._members[m].source.around(frame[here])
+        for chosen, here in self._shares(member):
+            around = chosen.source.around(frame[here])
             samples.observed[here], samples.frames[here] = observe(
                 frame[here], ages[here], around.start, around.first, around.last
             )
         return samples
 
+    def _shares(self, member: np.ndarray) -> list[tuple[Member, np.ndarray]]:
+        """The members that `member` (R,) names, each with its places there."""
+        places = [np.flatnonzero(member == m) for m in range(len(self._members))]
+        return [(m, here) for m, here in zip(self._members, places, strict=True) if len(here)]
+
     def _entries(self, samples: Samples) -> np.ndarray:
         """(R, K) numbers that count in each row's loss: valid steps times real action dimensions."""
         entries = np.empty_like(samples.frames)
-        for m in np.unique(samples.member).tolist():
-            chosen, here = self._members[m], samples.member == m
+        for chosen, here in self._shares(samples.member):
             dims = int(chosen.processor.codec.dim_mask().sum())
             frames = samples.frames[here]
             entries[here] = chosen.source.valid_steps(frames.ravel()).reshape(frames.shape) * dims
@@ -178,21 +182,20 @@ class Loader:
 
     def _assemble(self, samples: Samples, places: np.ndarray, noise_seed: int, scale: float) -> Batch:
         """A micro-batch of the observations at `places` (R,) of the global batch."""
-        observations, rows = [], []
-        for m in np.unique(samples.member).tolist():
-            here = np.flatnonzero(samples.member == m)
+        observations, rows, numbers = [], [], np.arange(samples.frames.size).reshape(samples.frames.shape)
+        for chosen, here in self._shares(samples.member):
             part = samples.at(here)
-            observations.append((here, _observations(self._members[m], part)))
-            rows.append((_rows(here, self._shared), _answers(self._members[m], part.frames.ravel())))
+            observations.append((here, _observations(chosen, part, self._slow_view)))
+            rows.append((numbers[here].ravel(), _answers(chosen, part.frames.ravel(), self._fast_view)))
         fields = _merge(len(places), observations) | _merge(samples.frames.size, rows)
         longest = int(fields["token_mask"].sum(axis=1).max())  # prompts are padded on the right
         fields |= {name: np.ascontiguousarray(fields[name][:, :longest]) for name in ("tokens", "token_mask")}
         age = samples.frames - samples.observed[:, None]
         return Batch(
             **{name: torch.from_numpy(values) for name, values in fields.items()},
-            observation=torch.from_numpy(np.repeat(np.arange(len(places)), self._shared)),
+            observation=torch.from_numpy(numbers.ravel() // self._shared),
             age=torch.from_numpy(age.ravel().astype(np.float32)),
-            rows=torch.from_numpy(_rows(places, self._shared)),
+            rows=torch.from_numpy((places[:, None] * self._shared + np.arange(self._shared)).ravel()),
             global_size=self._global,
             noise_seed=noise_seed,
             loss_scale=scale,
@@ -220,14 +223,9 @@ def _check_members(members: Sequence[Member]) -> None:
         require_same(source.recipe.action.spec, codec.action_spec, f"action of {between}")
 
 
-def _rows(places: np.ndarray, shared: int) -> np.ndarray:
-    """(R,) observations -> (R * K,) their rows, in the order of `Batch`."""
-    return (places[:, None] * shared + np.arange(shared)).ravel()
-
-
-def _observations(member: Member, samples: Samples) -> dict[str, np.ndarray]:
+def _observations(member: Member, samples: Samples, view: View) -> dict[str, np.ndarray]:
     """The fields of a `Batch` with one entry for each observation: pictures as they were, what is asked for now."""
-    images, present = member.source.pictures(samples.observed, views(member.processor.config)[0])
+    images, present = member.source.pictures(samples.observed, view)
     texts = member.source.instructions(samples.frames[:, 0])
     tokens, token_mask = zip(*(member.processor.text(text) for text in texts), strict=True)
     return {
@@ -238,10 +236,10 @@ def _observations(member: Member, samples: Samples) -> dict[str, np.ndarray]:
     }
 
 
-def _answers(member: Member, frames: np.ndarray) -> dict[str, np.ndarray]:
+def _answers(member: Member, frames: np.ndarray, view: View) -> dict[str, np.ndarray]:
     """The fields of a `Batch` with one entry for each row."""
     codec, raw = member.processor.codec, member.source.steps(frames)
-    images, present = member.source.pictures(frames, views(member.processor.config)[1])
+    images, present = member.source.pictures(frames, view)
     return {
         "fast_images": images,
         "fast_image_mask": np.repeat(present[None], len(frames), axis=0),

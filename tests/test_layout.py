@@ -54,14 +54,15 @@ ONLY_HERE = {
     # Each resolves a hub id that the user wrote: of a data set, of a backbone.
     "huggingface_hub": {"train/lerobot_folder.py", "vla/backbones/build.py"},
     # The VLMs: how each is run, what they share, where their weights come from.
-    "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "build")},
+    "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "paligemma", "build")},
     "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
-    # The policy, the optimizer beside it; the error of damaged weights of others.
+    # The policy, the optimizer beside it, an action tokenizer; the error of damaged weights of others.
     "safetensors": {
         "vla/checkpoint.py",
         "train/training_state.py",
         "vla/backbones/build.py",
         "vla/lerobot_policy.py",
+        "vla/action_tokens/residual_vq.py",
     },
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),

@@ -59,4 +59,34 @@ class SmolVLMConfig:
         _require_consistent(self)
 
 
-BackboneConfig = SmolVLMConfig
+@dataclass(frozen=True)
+class TinyPaliGemma:
+    """Sizes of a small PaliGemma built from random weights."""
+
+    text: Literal["gemma", "gemma2"]  # PaliGemma 1 or 2
+    width: int  # of the vision tower and of the text model
+    vision_layers: int
+    text_layers: int
+    heads: int  # query heads; one key-value head
+    head_dim: int
+    mlp: int
+    patch: int  # pixels
+
+
+@dataclass(frozen=True)
+class PaliGemmaConfig:
+    """PaliGemma 1 or 2 as prefix encoder (pi0's layout: images, then text, bidirectional)."""
+
+    kind: Literal["paligemma"]
+    weights: str | None  # as in SmolVLMConfig, and so below
+    tiny: TinyPaliGemma | None
+    text_layers: int | None
+    freeze: tuple[Part, ...]
+    gradient_checkpointing: bool = False
+    dtype: Dtype = "fp32"
+
+    def __post_init__(self) -> None:
+        _require_consistent(self)
+
+
+BackboneConfig = SmolVLMConfig | PaliGemmaConfig

@@ -229,6 +229,11 @@ class Backbone(nn.Module, ABC):
         return nn.ModuleList([self.text, self.lm_head]) if hasattr(self, "lm_head") else self.text
 
 
+def dtype_of(part: nn.Module) -> torch.dtype:
+    """Of a part's weights: parts may differ, so what enters one is cast to its own."""
+    return next(part.parameters()).dtype
+
+
 def present(images: Tensor, image_mask: Tensor) -> Tensor:
     """(B, V, h, w, 3) uint8 and (B, V) bool -> the pictures that are there, (R, 3, h, w) in 0..255."""
     return images.flatten(0, 1)[image_mask.flatten()].permute(0, 3, 1, 2)

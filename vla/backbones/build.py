@@ -1,47 +1,46 @@
 """Settings -> a backbone: random, pretrained, or the architecture of a saved policy."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import nn
-from transformers import AutoConfig, SmolVLMForConditionalGeneration, SmolVLMModel
-from transformers import SmolVLMConfig as HFSmolVLMConfig
+from transformers import (
+    AutoConfig,
+    PaliGemmaForConditionalGeneration,
+    SmolVLMForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 from vla import tokenizer as tokenizers
 from vla.backbone_config import BackboneConfig
-from vla.backbones import smolvlm
+from vla.backbones import paligemma, smolvlm
 from vla.backbones.base import Backbone, Reads
 from vla.errors import CheckpointError
 from vla.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One of transformers' architectures that a family reads."""
-
-    config: type[Any]
-    model: type[Any]  # without the layer that gives logits
-    whole: type[Any]  # with it
-
-
-@dataclass(frozen=True)
 class Family:
     backbone: type[Backbone]
     reads: str  # for messages
-    architectures: Mapping[str, Architecture]  # by transformers' model_type
-    tiny_hf_config: Any
+    architectures: Mapping[str, type[Any]]  # by transformers' model_type, with the layer that gives logits
+    tiny_hf_config: Callable[[Any, int, int], Any]  # sizes, image size, vocabulary -> transformers' configuration
 
 
 FAMILIES = {
     "smolvlm": Family(
         smolvlm.SmolVLM,
         "SmolVLM and SmolVLM2",
-        {"smolvlm": Architecture(HFSmolVLMConfig, SmolVLMModel, SmolVLMForConditionalGeneration)},
+        {"smolvlm": SmolVLMForConditionalGeneration},
         smolvlm.tiny_hf_config,
+    ),
+    "paligemma": Family(
+        paligemma.PaliGemma,
+        "PaliGemma and PaliGemma 2",
+        {"paligemma": PaliGemmaForConditionalGeneration},
+        paligemma.tiny_hf_config,
     ),
 }
 
@@ -61,11 +60,8 @@ def new_backbone(settings: BackboneConfig, image_size: int, reads: Reads = "cach
     assert settings.weights is not None  # the config refuses neither
     folder = _resolve(settings.weights)
     hf_config, tokenizer = read_hf_config(folder, settings.kind), tokenizers.load(folder)
-    architecture = family.architectures[hf_config.model_type]
-    with_head = _own_head(hf_config, reads)
-    loaded = _pretrained(architecture.whole if with_head else architecture.model, folder, hf_config)
-    model, head = (loaded.model, loaded.lm_head) if with_head else (loaded, None)
-    backbone = family.backbone(model, head, settings, reads)
+    whole = _pretrained(family.architectures[hf_config.model_type], folder, hf_config, reads)
+    backbone = _composed(settings, whole, reads)
     backbone.require_image_size(image_size)
     return backbone, tokenizer
 
@@ -83,11 +79,12 @@ def saved_backbone(folder: Path, settings: BackboneConfig, reads: Reads = "cache
 
 
 def _random(settings: BackboneConfig, hf_config: Any, reads: Reads) -> Backbone:
-    family = FAMILIES[settings.kind]
-    text = hf_config.text_config
-    head = nn.Linear(text.hidden_size, text.vocab_size, bias=False) if _own_head(hf_config, reads) else None
-    model = family.architectures[hf_config.model_type].model(hf_config)
-    return family.backbone(model, head, settings, reads)
+    return _composed(settings, FAMILIES[settings.kind].architectures[hf_config.model_type](hf_config), reads)
+
+
+def _composed(settings: BackboneConfig, whole: Any, reads: Reads) -> Backbone:
+    head = whole.lm_head if _own_head(whole.config, reads) else None
+    return FAMILIES[settings.kind].backbone(whole.model, head, settings, reads)
 
 
 def _own_head(hf_config: Any, reads: Reads) -> bool:
@@ -95,9 +92,9 @@ def _own_head(hf_config: Any, reads: Reads) -> bool:
     return reads == "tokens" and not hf_config.tie_word_embeddings
 
 
-def _pretrained(architecture: type[Any], folder: Path, hf_config: Any) -> Any:
+def _pretrained(architecture: type[Any], folder: Path, hf_config: Any, reads: Reads) -> Any:
     try:
-        model, report = architecture.from_pretrained(
+        whole, report = architecture.from_pretrained(
             folder, config=hf_config, dtype="float32", output_loading_info=True, local_files_only=True
         )
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
@@ -105,13 +102,14 @@ def _pretrained(architecture: type[Any], folder: Path, hf_config: Any) -> Any:
         raise CheckpointError(
             f"The weights in {folder} cannot be read: {reason}. The download is incomplete or the folder is damaged."
         ) from error
-    missing = sorted(report["missing_keys"])
+    needed = _own_head(hf_config, reads)
+    missing = sorted(k for k in report["missing_keys"] if needed or not k.startswith("lm_head."))
     if missing:
         raise CheckpointError(
             f"{folder} lacks {len(missing)} weights of its own architecture, for example {missing[:3]}. "
             f"The download is incomplete or the folder is another model."
         )
-    return model
+    return whole
 
 
 def _resolve(weights: str) -> Path:

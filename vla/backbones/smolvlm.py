@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import SmolVLMConfig as HFConfig
 
 from vla.backbone_config import TinyVLM
-from vla.backbones.base import Backbone, Prefix, bidirectional, present, scatter
+from vla.backbones.base import Backbone, Prefix, bidirectional, dtype_of, present, scatter
 from vla.errors import UsageError
 
 
@@ -45,11 +45,10 @@ class SmolVLM(Backbone):
         return bidirectional(image_tokens * math.sqrt(self.width), image_mask, text, token_mask)
 
     def _embed_images(self, images: Tensor, image_mask: Tensor) -> Tensor:
-        dtype = self.model.vision_model.post_layernorm.weight.dtype
-        pixels = present(images, image_mask).to(dtype) / 127.5 - 1.0  # SigLIP's range
-        seen = self.model.vision_model(pixel_values=pixels).last_hidden_state
-        features = self.model.connector(seen.to(self.model.connector.modality_projection.proj.weight.dtype))
-        return scatter(features, image_mask)
+        vision, connector = self.model.vision_model, self.model.connector
+        pixels = present(images, image_mask).to(dtype_of(vision)) / 127.5 - 1.0  # SigLIP's range
+        seen = vision(pixel_values=pixels).last_hidden_state
+        return scatter(connector(seen.to(dtype_of(connector))), image_mask)
 
 
 def tiny_hf_config(tiny: TinyVLM, image_size: int, vocab_size: int) -> HFConfig:

@@ -29,6 +29,7 @@ from vla.policy_config import PolicyConfig
 from vla.stats import Statistics
 
 FORMAT = 1
+DECODE = ("execute", "mixture.consensus", "continuation", "conditions.intent", "conditions.scale")  # and the head's
 FILES = ("config.yaml", "statistics.json", "model.safetensors", "versions.json")
 
 
@@ -62,7 +63,7 @@ def load(folder: Path | str, device: str = "cpu", settings: Mapping[str, Any] | 
     """Read a policy.
 
     Args:
-        settings: decode settings that replace the saved ones, as dotted keys: "execute" and those of the
+        settings: decode settings that replace the saved ones, as dotted keys: those of `DECODE` and of the
             head, e.g. "head.steps". Nothing that would change what the weights mean.
 
     Raises:
@@ -128,12 +129,20 @@ def _configured(folder: Path, settings: Mapping[str, Any]) -> PolicyConfig:
         saved = config.load(PolicyConfig, folder / "config.yaml")
     except TandemError as error:
         raise CheckpointError(f"{folder / 'config.yaml'} is damaged or of another release: {error}") from error
-    allowed = {"execute", *(f"head.{name}" for name in saved.head.DECODE)}
-    unknown = sorted(set(settings) - allowed)
+    allowed = {*DECODE, *(f"head.{name}" for name in saved.head.DECODE)}
+    unknown = sorted(key for key in settings if not any(f"{key}.".startswith(f"{name}.") for name in allowed))
     if unknown:
         raise CheckpointError(f"Settings {unknown} cannot be changed after training. Valid: {sorted(allowed)}.")
-    return config.build(
-        PolicyConfig,
-        config.override(config.to_data(saved), [f"{k}={json.dumps(v)}" for k, v in settings.items()], PolicyConfig),
-        "settings",
-    )
+    data = config.to_data(saved)
+    for key, value in settings.items():
+        _replace(data, key, value)
+    return config.build(PolicyConfig, data, "settings")
+
+
+def _replace(data: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for name in parents:
+        if data.get(name) is None:
+            data[name] = {}  # an optional block that training left out
+        data = data[name]
+    data[last] = value

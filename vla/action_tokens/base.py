@@ -7,14 +7,15 @@ beside the files of its kind.
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from vla.codec import Normalization
-from vla.errors import CheckpointError, DataError, SpecMismatch
+from vla.config import build
+from vla.errors import CheckpointError, DataError, SpecMismatch, UsageError
 from vla.files import whole_folder, write_json
 
 MANIFEST = "action_tokenizer.json"
@@ -71,7 +72,7 @@ class ActionTokenizer(ABC):
             raise DataError(
                 f"{len(bad)} of {len(actions)} chunks hold a number that is not finite, first chunk {bad[0]}."
             )
-        return self._encode(actions)
+        return self._encode(actions) if len(actions) else []
 
     def decode(self, ids: Sequence[np.ndarray]) -> np.ndarray:
         """B id sequences, each (L,) integers -> chunks (B, H, A) float32, model units.
@@ -86,9 +87,15 @@ class ActionTokenizer(ABC):
                 raise DataError(
                     f"Sequence {i} holds id {wrong[0]}; this {self.KIND} tokenizer has ids 0..{self.vocab_size - 1}."
                 )
-        if not sequences:
-            return np.zeros((0, self.chunk.length, self.chunk.dim), np.float32)
-        return self._decode(sequences)
+        empty = np.zeros((0, self.chunk.length, self.chunk.dim), np.float32)
+        return self._decode(sequences) if sequences else empty
+
+    def _of_equal_length(self, ids: list[np.ndarray]) -> np.ndarray:
+        """(B, L) int64, L = `tokens`. Raises `DataError`."""
+        for i, sequence in enumerate(ids):
+            if len(sequence) != self.tokens:
+                raise DataError(f"Sequence {i} has {len(sequence)} ids; a chunk has {self.tokens}.")
+        return np.stack(ids)
 
     def save(self, folder: Path) -> None:
         """Write `folder`, whole or not at all; what stood there is replaced."""
@@ -120,7 +127,7 @@ class Manifest:
 
     kind: str
     chunk: ChunkShape
-    settings: Mapping[str, Any]  # of the kind
+    settings: dict[str, Any]  # of the kind
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -133,8 +140,6 @@ def read_manifest(folder: Path) -> Manifest:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
             raise CheckpointError(f"{path} has format {data['format']!r}; this release reads {FORMAT}. Fit it anew.")
-        if set(data["chunk"]) != {f.name for f in fields(ChunkShape)}:
-            raise KeyError(sorted(data["chunk"]))
-        return Manifest(data["kind"], ChunkShape(**data["chunk"]), dict(data["settings"]))
-    except (ValueError, KeyError, TypeError, SpecMismatch) as error:
+        return build(Manifest, {k: v for k, v in data.items() if k != "format"}, "manifest")
+    except (ValueError, KeyError, TypeError, SpecMismatch, UsageError) as error:
         raise CheckpointError(f"{path} is damaged: {error!r}. Fit the tokenizer anew, or restore the file.") from error

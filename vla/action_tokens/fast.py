@@ -14,7 +14,7 @@ at the top (MolmoAct2 in LeRobot), or in the folder where transformers 5 keeps i
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 
 from vla.action_tokens.base import ActionTokenizer, ChunkShape, Manifest
+from vla.config import build
 from vla.errors import CheckpointError, DataError, SpecMismatch, UsageError
 from vla.files import write_json, write_text
 
@@ -48,6 +49,13 @@ class FastConfig:
     vocab_size: int  # ids at most: 256 bytes and the merges; 1024 in the paper, 2048 in the public tokenizer
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What the manifest keeps beside the public files."""
+
+    malformed: Malformed
+
+
 class FastTokenizer(ActionTokenizer):
     """DCT and BPE.
 
@@ -67,7 +75,8 @@ class FastTokenizer(ActionTokenizer):
         self, chunk: ChunkShape, bpe: Tokenizer, scale: float, min_token: int, malformed: Malformed = "error"
     ) -> None:
         super().__init__(chunk)
-        self.scale, self.min_token, self.malformed = scale, min_token, malformed
+        self.scale, self.min_token = scale, min_token
+        self.malformed: Malformed = malformed
         self._bpe = bpe
 
     @property
@@ -116,7 +125,7 @@ class FastTokenizer(ActionTokenizer):
         return np.pad(found, (0, length * dim - len(found))).reshape(length, dim)
 
     def _settings(self) -> dict[str, Any]:
-        return {"malformed": self.malformed}
+        return asdict(Decoding(self.malformed))
 
     def _write(self, folder: Path) -> None:
         write_json(
@@ -181,7 +190,11 @@ def fit(chunks: np.ndarray, chunk: ChunkShape, config: FastConfig) -> FastTokeni
 
 def read(folder: Path, manifest: Manifest) -> FastTokenizer:
     """The tokenizer that `save` wrote. Raises `CheckpointError`."""
-    return read_public(folder, manifest.chunk, manifest.settings["malformed"])
+    try:
+        decoding = build(Decoding, manifest.settings, "settings")
+    except UsageError as error:
+        raise CheckpointError(f"The FAST tokenizer in {folder} is damaged: {error} Fit it anew.") from error
+    return read_public(folder, manifest.chunk, decoding.malformed)
 
 
 def read_public(folder: Path, chunk: ChunkShape | None, malformed: Malformed = "error") -> FastTokenizer:

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from vla.action_tokens import fast
+from vla.action_tokens import bins, fast, residual_vq
 from vla.action_tokens.base import MANIFEST, ActionTokenizer, ChunkShape, Manifest, read_manifest
 from vla.errors import CheckpointError, SpecMismatch, choose_from
 
-KINDS: dict[str, Callable[[Path, Manifest], ActionTokenizer]] = {"fast": fast.read}
+KINDS: dict[str, Callable[[Path, Manifest], ActionTokenizer]] = {
+    "bins": bins.read,
+    "fast": fast.read,
+    "residual_vq": residual_vq.read,
+}
 
 
 def load(folder: Path, chunk: ChunkShape | None = None) -> ActionTokenizer:

@@ -54,7 +54,7 @@ ONLY_HERE = {
     # Each resolves a hub id that the user wrote: of a data set, of a backbone.
     "huggingface_hub": {"train/lerobot_folder.py", "vla/backbones/build.py"},
     # The VLMs: how each is run, what they share, where their weights come from.
-    "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "paligemma", "build")},
+    "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "paligemma", "qwen_vl", "build")},
     "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
     # The policy, the optimizer beside it, an action tokenizer; the error of damaged weights of others.
     "safetensors": {

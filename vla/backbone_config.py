@@ -89,4 +89,34 @@ class PaliGemmaConfig:
         _require_consistent(self)
 
 
-BackboneConfig = SmolVLMConfig | PaliGemmaConfig
+@dataclass(frozen=True)
+class TinyQwenVL:
+    """Sizes of a small Qwen-VL built from random weights."""
+
+    model: Literal["qwen2_5_vl", "qwen3_vl"]
+    width: int  # of the vision tower and of the text model
+    vision_layers: int
+    text_layers: int
+    heads: int
+    kv_heads: int  # of the text model
+    mlp: int
+    patch: int  # pixels; a square of 2 x 2 patches becomes one token
+
+
+@dataclass(frozen=True)
+class QwenVLConfig:
+    """Qwen2.5-VL or Qwen3-VL as prefix encoder: images, then text, causal as they were trained."""
+
+    kind: Literal["qwen_vl"]
+    weights: str | None
+    tiny: TinyQwenVL | None
+    text_layers: int | None
+    freeze: tuple[Part, ...]
+    gradient_checkpointing: bool = False
+    dtype: Dtype = "fp32"
+
+    def __post_init__(self) -> None:
+        _require_consistent(self)
+
+
+BackboneConfig = SmolVLMConfig | PaliGemmaConfig | QwenVLConfig

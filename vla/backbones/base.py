@@ -62,12 +62,12 @@ class Backbone(nn.Module, ABC):
         self.reads: Reads = reads
         if lm_head is not None:
             self.lm_head = lm_head
+        self._require_plain_rope()
         self._truncate(settings.text_layers)
         self.text.set_attn_implementation(NAME)
         if settings.gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for parameter in self._unused():
-            parameter.requires_grad = False
+        self.freeze_unused()
         for name in settings.freeze:
             for parameter in self.parts()[name].parameters():  # not buffers: rotary frequencies stay float32
                 parameter.requires_grad = False
@@ -203,6 +203,14 @@ class Backbone(nn.Module, ABC):
         values = attention.v_proj(hidden).view(split).transpose(1, 2)
         return rotate(keys.transpose(1, 2), self._key_tables(tables)), values
 
+    def _require_plain_rope(self) -> None:
+        kind = self.text.config.rope_parameters.get("rope_type", "default")
+        if kind != "default":
+            raise CheckpointError(
+                f"This backbone stretches its rotary positions by the rule {kind!r}, which the action expert does not "
+                "follow. Use a configuration with rope_type 'default': a prefix is far shorter than the trained length."
+            )
+
     def _truncate(self, text_layers: int | None) -> None:
         there = len(self.text.layers)
         if text_layers is None or text_layers == there:
@@ -216,6 +224,11 @@ class Backbone(nn.Module, ABC):
             config.num_hidden_layers = text_layers
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:text_layers]
+
+    def freeze_unused(self) -> None:
+        """Mark what nothing reads as not to be trained; again after modules were put in (adapters)."""
+        for parameter in self._unused():
+            parameter.requires_grad = False
 
     def _unused(self) -> Iterable[nn.Parameter]:
         """Weights that no gradient ever reaches."""

@@ -9,13 +9,15 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     PaliGemmaForConditionalGeneration,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
     SmolVLMForConditionalGeneration,
 )
 from transformers.initialization import no_init_weights
 
 from vla import tokenizer as tokenizers
 from vla.backbone_config import BackboneConfig
-from vla.backbones import paligemma, smolvlm
+from vla.backbones import paligemma, qwen_vl, smolvlm
 from vla.backbones.base import Backbone, Reads
 from vla.errors import CheckpointError
 from vla.tokenizer import Tokenizer
@@ -41,6 +43,12 @@ FAMILIES = {
         "PaliGemma and PaliGemma 2",
         {"paligemma": PaliGemmaForConditionalGeneration},
         paligemma.tiny_hf_config,
+    ),
+    "qwen_vl": Family(
+        qwen_vl.QwenVL,
+        "Qwen2.5-VL and Qwen3-VL",
+        {"qwen2_5_vl": Qwen2_5_VLForConditionalGeneration, "qwen3_vl": Qwen3VLForConditionalGeneration},
+        qwen_vl.tiny_hf_config,
     ),
 }
 

@@ -103,14 +103,17 @@ def test_rounds_commit_what_the_schedule_says(kit: SimpleNamespace, remask: str,
     for index in range(5):
         before = state
         out = torch.randn(1, 1, kit.STEPS, kit.REAL, 16, generator=generator)
-        state = head.advance(state, out, index, held, generator)
+        state = head.advance(state, out, index, held, head.noise(state.shape, index, generator))
         assert int((state == head.mask_id).sum()) == int(masked_after(free, 6, index))
         assert torch.equal(state[held], given), "what is held is never hidden"
         if remask == "decay":
             continue
         committed = before != head.mask_id
         assert torch.equal(state[committed], before[committed])
-    assert (head.advance(state, torch.randn(1, 1, kit.STEPS, kit.REAL, 16), 5, held, generator) != head.mask_id).all()
+    assert (
+        head.advance(state, torch.randn(1, 1, kit.STEPS, kit.REAL, 16), 5, held, head.noise(state.shape, 5, generator))
+        != head.mask_id
+    ).all()
 
 
 @pytest.mark.parametrize(("remask", "expected"), [("threshold", True), ("none", False)])
@@ -125,7 +128,7 @@ def test_a_doubtful_commitment_is_hidden_again(kit: SimpleNamespace, remask: str
     logits[0, 0, 3] = 0.0
     held = nothing_held(ids)
     held[..., 3] = True  # doubtful, and under way
-    after = head.advance(ids, logits, 4, held, torch.Generator().manual_seed(0))
+    after = head.advance(ids, logits, 4, held, head.noise(ids.shape, 4, torch.Generator().manual_seed(0)))
     doubtful = torch.zeros(4, kit.REAL, dtype=torch.bool)
     doubtful[1, 1] = doubtful[2, 0] = expected
     assert torch.equal(after[0, 0, :4] == head.mask_id, doubtful)
@@ -152,7 +155,7 @@ def joint_law(kit: SimpleNamespace, score: str, rounds: int) -> Tensor:
             table = table * keep.view(shape)
         marginals = [table.sum([d for d in (1, 2, 3) if d != axis + 1]) for axis in range(3)]
         out = torch.stack(marginals, 1)[None, :, :, None].clamp(min=1e-12).log()
-        state = head.advance(state, out, index, nothing_held(state), generator)
+        state = head.advance(state, out, index, nothing_held(state), head.noise(state.shape, index, generator))
     flat = (state[0, :, :, 0] * torch.tensor([9, 3, 1])).sum(1)
     return torch.stack([torch.bincount(flat, minlength=27) / n, joint.flatten()])
 

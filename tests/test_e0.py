@@ -43,7 +43,7 @@ def oracle_histogram(kit: SimpleNamespace, steps: int, scheme: str) -> Tensor:
             ids = draws_of(posterior, torch.rand(posterior.shape[:-1], generator=generator))
             return torch.bincount(ids.flatten(), minlength=4) / n - prior
         held = torch.zeros(state.shape[:3], dtype=torch.bool)
-        state = head.advance(state, posterior, index, held, generator)
+        state = head.advance(state, posterior, index, held, head.noise(state.shape, index, generator))
     raise AssertionError
 
 

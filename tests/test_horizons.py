@@ -57,7 +57,9 @@ def test_packed_horizons_have_the_tokens_they_need_and_no_more(kit: SimpleNamesp
 @given(st.integers(0, 10**6))
 def test_gate_support(seed: int) -> None:
     horizons = (2, 3, 7)
-    weights = gate_weights(torch.randn(2, 2, 3, 7, generator=torch.Generator().manual_seed(seed)) * 5, horizons)
+    weights = gate_weights(
+        torch.randn(2, 2, 3, 7, generator=torch.Generator().manual_seed(seed)) * 5, support(horizons)
+    )
     assert not weights[:, :, ~support(horizons)].any()
     torch.testing.assert_close(weights.sum(2), torch.ones(2, 2, 7))
     assert torch.equal(weights[:, :, 2, 3:], torch.ones(2, 2, 4)), "only the longest horizon predicts the last steps"
@@ -72,11 +74,11 @@ def test_squared_variation_known_answers(count: int) -> None:
 
 
 def test_balance_is_over_the_intervals_that_several_horizons_reach() -> None:
-    even = gate_weights(torch.zeros(2, 1, 3, 5), (1, 3, 5))
+    even = gate_weights(torch.zeros(2, 1, 3, 5), support((1, 3, 5)))
     assert float(balance(even, (1, 3, 5))) == pytest.approx(0, abs=1e-6)
     logits = torch.zeros(2, 1, 3, 5)
     logits[:, :, 2] = 50.0  # everything to the longest: 3 over three active horizons, 2 over two
-    assert float(balance(gate_weights(logits, (1, 3, 5)), (1, 3, 5))) == pytest.approx(2.5, rel=1e-3)
+    assert float(balance(gate_weights(logits, support((1, 3, 5))), (1, 3, 5))) == pytest.approx(2.5, rel=1e-3)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -97,7 +99,7 @@ def test_equal_branches_fuse_to_themselves_whatever_the_gate(kit: SimpleNamespac
     g = torch.Generator().manual_seed(0)
     branch = head.read(torch.randn(2, 1, kit.STEPS * head.tokens_per_step, kit.WIDTH, generator=g))
     outs = branch[:, :, None].expand(-1, -1, 3, *[-1] * (branch.dim() - 2))
-    fused = head.fuse(outs, gate_weights(torch.randn(2, 1, 3, kit.STEPS, generator=g), (1, 3, 5)))
+    fused = head.fuse(outs, gate_weights(torch.randn(2, 1, 3, kit.STEPS, generator=g), support((1, 3, 5))))
     apart = disagreement(head.movement(outs), head.movement(fused), torch.ones(2, 1, 3, kit.STEPS))
     assert float(apart.detach().max()) < 1e-5
     if branch.dim() == 5:

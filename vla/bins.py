@@ -6,10 +6,10 @@ With normalisation 'quantile' the data's 1 % and 99 % quantiles are -1 and 1; K 
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class Bins:
+class Bins(nn.Module):
     """K bins on [-1, 1] for each dimension; dimensions in `binary` have two values, the ends.
 
     Args:
@@ -19,21 +19,24 @@ class Bins:
     """
 
     def __init__(self, count: int, dims: int, binary: Sequence[int] = ()) -> None:
+        super().__init__()
         self.count, self.dims = count, dims
-        self.binary = torch.zeros(dims, dtype=torch.bool)
-        self.binary[list(binary)] = True
+        two = torch.zeros(dims, dtype=torch.bool)
+        two[list(binary)] = True
+        self.register_buffer("binary", two, persistent=False)  # a buffer: on the model's device in every step
+        self.binary: Tensor
 
     def encode(self, actions: Tensor) -> Tensor:
         """(..., D) -> (..., D) int64 in 0..K-1; what lies outside [-1, 1] goes to the outermost bin."""
         ids = ((actions + 1) / 2 * self.count).floor().long().clamp(0, self.count - 1)
-        return torch.where(self.binary.to(actions.device), (actions > 0).long(), ids)
+        return torch.where(self.binary, (actions > 0).long(), ids)
 
     def decode(self, ids: Tensor) -> Tensor:
         """(..., D) int64 -> bin centres (..., D) float32: off by half a bin at most, without bias."""
         centres = (2 * ids.float() + 1) / self.count - 1
-        return torch.where(self.binary.to(ids.device), 2.0 * ids - 1, centres)
+        return torch.where(self.binary, 2.0 * ids - 1, centres)
 
     def allowed(self) -> Tensor:
         """(D, K) bool, the bins a dimension may take."""
-        ids = torch.arange(self.count)
+        ids = torch.arange(self.count, device=self.binary.device)
         return torch.where(self.binary[:, None], ids < 2, ids >= 0)

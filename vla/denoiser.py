@@ -60,7 +60,7 @@ class Denoiser:
 
     def __call__(self, state: Tensor, time: Tensor, noise: Tensor | None = None) -> Prediction:
         """State (B, G, H, ...) at noise levels (B, G, H); `noise` (B, G, N, H) perturbs the gate in training."""
-        tokens, cond = self.head.embed(state, time)
+        tokens, cond = self.head.tokens(state, self.head.clock(time))
         if self.condition is not None:
             tokens = tokens + self.condition[:, :, None]
         packed_cond = None if cond is None else pack(cond, self.lengths)

@@ -23,9 +23,9 @@ def support(horizons: Sequence[int]) -> Tensor:
     return torch.arange(horizons[-1]) < torch.tensor(horizons)[:, None]
 
 
-def gate_weights(logits: Tensor, horizons: Sequence[int]) -> Tensor:
-    """Logits (B, G, N, H) -> weights that sum to 1 over the horizons that predict a step."""
-    return logits.masked_fill(~support(horizons).to(logits.device), -torch.inf).softmax(dim=2)
+def gate_weights(logits: Tensor, reach: Tensor) -> Tensor:
+    """Logits (B, G, N, H), `support` (N, H) -> weights that sum to 1 over the horizons that predict a step."""
+    return logits.masked_fill(~reach, -torch.inf).softmax(dim=2)
 
 
 def squared_variation(p: Tensor) -> Tensor:
@@ -79,13 +79,19 @@ class HorizonGate(nn.Module):
         self.horizons = config.horizons
         self.gate_out_proj = nn.Linear(width, 1)
         self.gate_noise_layer = nn.Linear(width, 1) if config.gate_noise == "learned" else None
+        self.register_buffer("reach", support(config.horizons), persistent=False)
+        self.reach: Tensor
 
     def forward(self, hidden: Tensor, noise: Tensor | None) -> Tensor:
         """Hidden (B, G, N, H, W), standard normal noise (B, G, N, H) or None -> weights (B, G, N, H)."""
-        logits = self.gate_out_proj(hidden)[..., 0].float()
+        logits = self.scores(hidden)
         if noise is not None and self.gate_noise_layer is not None:
             logits = logits + noise * (F.softplus(self.gate_noise_layer(hidden)[..., 0].float()) + 0.01)
-        return gate_weights(logits, self.horizons)
+        return gate_weights(logits, self.reach)
+
+    def scores(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> logits (...) float32, without noise."""
+        return self.gate_out_proj(hidden)[..., 0].float()
 
 
 def independent(errors: Tensor, asked: Tensor, horizons: Sequence[int], entries: Tensor) -> Tensor:

@@ -4,12 +4,13 @@ Axes: B batch, G groups (samples), N horizons, H steps, A action dims, D dimensi
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vla.denoiser import Predictor
-from vla.heads.base import ActionHead
+from vla.denoiser import Prediction, Predictor
+from vla.heads.base import ActionHead, Noise
 from vla.horizons import disagreement
 from vla.rtc import Committed, Guidance, guided
 
@@ -21,6 +22,27 @@ class Sampled:
     actions: Tensor  # (B, G, H, A)
     disagreement: Tensor | None  # (B, G, H), of the horizons, summed over the sampler's steps
     branches: Tensor | None  # (B, G, N, H, ...), each horizon's word in the last step
+
+
+@dataclass(frozen=True)
+class Start:
+    """All that is random about a call, drawn before its loop."""
+
+    state: Tensor  # of the head's own form
+    noise: tuple[Noise, ...]  # one entry for each sampler step
+
+
+class Step(Protocol):
+    """Answers the state of a sampler step. `held` (B, G, H) bool: clean steps; None: there are none."""
+
+    def __call__(self, state: Tensor, index: int, held: Tensor | None) -> Prediction: ...
+
+
+def draw(head: ActionHead, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Start:
+    """What sampling chunks of `shape` (B, G, H, A) starts from, on `device`."""
+    state = head.init(shape, generator, device)
+    noise = [head.noise(state.shape, index, generator) for index in range(head.steps)]
+    return Start(state, tuple(tuple(x.to(device) for x in numbers) for numbers in noise))
 
 
 def sample(
@@ -41,23 +63,32 @@ def sample(
         committed: steps that the chunks begin with, exactly (for policies trained with policy.committed).
         guidance: an earlier chunk that the new ones are drawn to; not together with `committed`.
     """
-    state = head.init(shape, generator, device)
-    held = torch.zeros(shape[:3], dtype=torch.bool, device=device) if committed is None else committed.held(shape[1])
+
+    def step(state: Tensor, index: int, held: Tensor | None) -> Prediction:
+        if guidance is not None:
+            return guided(head, predictor, state, index, guidance)
+        times = torch.full(shape[:3], head.time(index), device=device)
+        return predictor(state, times if held is None else times.masked_fill(held, 0))
+
+    return denoise(head, step, draw(head, shape, generator, device), real_dim, committed)
+
+
+def denoise(head: ActionHead, step: Step, start: Start, real_dim: int, committed: Committed | None) -> Sampled:
+    """The loop: no randomness, no copy from the host, nothing that depends on what the tensors hold."""
+    state, groups = start.state, start.state.shape[1]
+    held = None if committed is None else committed.held(groups)
+    fixed = torch.zeros(state.shape[:3], dtype=torch.bool, device=state.device) if held is None else held
     differing, prediction = None, None
-    for index in range(head.steps):
+    for index, noise in enumerate(start.noise):
         if committed is not None:
-            state = head.hold(state, committed.actions[:, None], held)
-        if guidance is None:
-            times = torch.full(shape[:3], head.time(index), device=device).masked_fill(held, 0)
-            prediction = predictor(state, times)
-        else:
-            prediction = guided(head, predictor, state, index, guidance)
+            state = head.hold(state, committed.actions[:, None], fixed)
+        prediction = step(state, index, held)
         if prediction.branches is not None and prediction.weights is not None:
             moves, fused = (head.movement(x)[..., :real_dim] for x in (prediction.branches, prediction.out))
             apart = disagreement(moves, fused, prediction.weights)
             differing = apart if differing is None else differing + apart
-        state = head.advance(state, prediction.out, index, held, generator)
+        state = head.advance(state, prediction.out, index, fixed, noise)
     actions = head.decode(state)
     if committed is not None:
-        actions = torch.where(held[..., None], committed.actions[:, None], actions)
+        actions = torch.where(fixed[..., None], committed.actions[:, None], actions)
     return Sampled(actions, differing, prediction.branches if prediction else None)

@@ -9,11 +9,15 @@ that the head predicts (A, or the real ones), T = tokens_per_step * H, W width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from vla.heads.time import Clock
+
+Noise = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,10 @@ class Target:
     actions: Tensor  # (B, H, A) float32
     valid: Tensor  # (B, H) bool, false beyond the episode's end
     dim_mask: Tensor  # (B, A) bool, false for padded dimensions
+
+    def entries(self) -> Tensor:
+        """(B,) float32, supervised numbers of each row: its weight in the mean over a batch."""
+        return self.valid.sum(1).float() * self.dim_mask.sum(1)
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Draws:
         return torch.rand((self.global_size, *shape), generator=generator)[self.rows.cpu()]
 
 
-def grouped(draw: Callable[..., Tensor], shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+def grouped(draw: Callable[..., Tensor], shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """(B, G, ...) numbers from `draw` (torch.randn, torch.rand), group by group.
 
     So the first of n samples is the one sample of n = 1.
@@ -86,8 +94,16 @@ class ActionHead(ABC, nn.Module):
         """`draws` corruptions of each chunk; steps in `held` (B, G, H) bool stay clean and are not asked for."""
 
     @abstractmethod
-    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
-        """State (B, G, H, ...) at noise levels (B, G, H) -> tokens (B, G, T, W) and their condition or None."""
+    def clock(self, time: Tensor) -> Clock:
+        """All that `tokens` needs to know of noise levels (...)."""
+
+    @abstractmethod
+    def tokens(self, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None]:
+        """State (B, G, H, ...) -> tokens (B, G, T, W) and their condition or None.
+
+        Args:
+            clock: of levels (B, G, H), or of one level () for all.
+        """
 
     @abstractmethod
     def read(self, hidden: Tensor) -> Tensor:
@@ -109,6 +125,11 @@ class ActionHead(ABC, nn.Module):
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         """The state that sampling starts from, for chunks of `shape` (B, G, H, A)."""
 
+    def noise(self, shape: Sequence[int], index: int, generator: torch.Generator) -> Noise:
+        """The random numbers that sampler step `index` uses on a state of `shape`, on the CPU."""
+        del shape, index, generator
+        return ()
+
     @abstractmethod
     def time(self, index: int) -> float:
         """Noise level of the state in sampler step `index`, counted from 0."""
@@ -118,8 +139,8 @@ class ActionHead(ABC, nn.Module):
         """`state` with the steps in `held` (B, G, H) bool set to clean `actions` (B, G, H, A)."""
 
     @abstractmethod
-    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
-        """`state` after sampler step `index`; the caller holds the `held` steps again."""
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, noise: Noise) -> Tensor:
+        """`state` after sampler step `index`, with the numbers of `noise`; the caller holds the `held` steps again."""
 
     @abstractmethod
     def movement(self, out: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ Axes: B batch, G groups, H steps, D real action dims, A padded action dims, K bi
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 
 from vla.bins import Bins
 from vla.head_config import DiscreteDiffusionConfig
-from vla.heads.base import Corrupted, Draws, Target, grouped
+from vla.heads.base import Corrupted, Draws, Noise, Target, grouped
+from vla.heads.time import Clock
 from vla.heads.tokens import CategoricalHead, ScalarTokens, draws_of
 
 
@@ -70,11 +72,17 @@ class DiscreteDiffusionHead(CategoricalHead):
         state = ids.masked_fill(hidden, self.mask_id)
         return Corrupted(state=state, time=hidden.float().mean(-1), answer=ids, asked=hidden)
 
-    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+    def clock(self, time: Tensor) -> Clock:
+        return Clock()
+
+    def tokens(self, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None]:
         return self.scalars.tokens(self.embedding(state)), None
 
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         return torch.full((*shape[:3], self.real_dim), self.mask_id, device=device)
+
+    def noise(self, shape: Sequence[int], index: int, generator: torch.Generator) -> Noise:
+        return (grouped(torch.rand, (*shape, 2), generator),)
 
     def time(self, index: int) -> float:
         return 0.0  # the network sees how much is hidden
@@ -82,9 +90,9 @@ class DiscreteDiffusionHead(CategoricalHead):
     def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
         return torch.where(held[..., None], self.bins.encode(actions[..., : self.real_dim]), state)
 
-    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, noise: Noise) -> Tensor:
         """One round: draw candidates for hidden tokens, then hide the least sure again."""
-        uniform = grouped(torch.rand, (*state.shape, 2), generator).to(state.device)
+        (uniform,) = noise
         hidden = state == self.mask_id
         drawn = draws_of(out / self.config.temperature, uniform[..., 0]) if self.config.temperature else out.argmax(-1)
         candidates = torch.where(hidden, drawn, state)

@@ -10,14 +10,16 @@ within a narrow band of it.
 Axes: B batch, G groups, H steps, D real action dims, A padded action dims, K bins, W width.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.bins import Bins
 from vla.head_config import E0Config
-from vla.heads.base import Corrupted, Draws, Target, grouped
-from vla.heads.time import TimeInput
+from vla.heads.base import Corrupted, Draws, Noise, Target, grouped
+from vla.heads.time import Clock, TimeInput
 from vla.heads.tokens import CategoricalHead, ScalarTokens, draws_of
 
 FIRST, LAST = 0.02, 0.995  # cleanest and noisiest tau that carry information
@@ -59,14 +61,24 @@ class E0Head(CategoricalHead):
         asked = (target.valid[:, None] & ~held)[..., None] & target.dim_mask[:, None, None, : self.real_dim]
         return Corrupted(state=noisy, time=1 - tau, answer=ids, asked=asked)
 
-    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
-        scale = torch.sqrt(((1 - time) * self.config.alpha) ** 2 + time**2)[..., None, None]
-        tokens = self.scalars.tokens(self.noisy_in_proj(state / scale))  # inputs of one size at every level
-        return self.time_input(tokens, self.scalars.spread(time))
+    def clock(self, time: Tensor) -> Clock:
+        scale = torch.sqrt(((1 - time) * self.config.alpha) ** 2 + time**2)
+        return Clock(self.time_input.rows(time), scale)
+
+    def tokens(self, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None]:
+        assert clock.rows is not None
+        assert clock.scale is not None
+        noisy = state / clock.scale[..., None, None]  # inputs of one size at every level
+        return self.time_input(self.scalars.tokens(self.noisy_in_proj(noisy)), self.scalars.spread(clock.rows))
 
     def init(self, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Tensor:
         """The first level is all but pure noise, so that it stands in for it."""
         return grouped(torch.randn, (*shape[:3], self.real_dim, self.config.bins), generator).to(device)
+
+    def noise(self, shape: Sequence[int], index: int, generator: torch.Generator) -> Noise:
+        if index + 1 == self.steps:
+            return ()
+        return grouped(torch.rand, shape[:4], generator), grouped(torch.randn, shape, generator)
 
     def time(self, index: int) -> float:
         return 1 - float(level(torch.tensor(index / self.steps)))
@@ -75,12 +87,11 @@ class E0Head(CategoricalHead):
         clean = self.config.alpha * F.one_hot(self.bins.encode(actions[..., : self.real_dim]), self.config.bins)
         return torch.where(held[..., None, None], clean.to(state.dtype), state)
 
-    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, noise: Noise) -> Tensor:
         """Draw bins and re-noise them at the next level; the last step names the most probable ones."""
         if index + 1 == self.steps:
             return F.one_hot(out.argmax(-1), self.config.bins).float()
-        uniform = grouped(torch.rand, tuple(state.shape[:4]), generator).to(state.device)
-        eps = grouped(torch.randn, tuple(state.shape), generator).to(state.device)
+        uniform, eps = noise
         tau = state.new_full(state.shape[:4], 1 - self.time(index + 1))
         return noised(draws_of(out, uniform), tau, eps, self.config.alpha)
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from vla.head_config import FlowConfig
-from vla.heads.base import ActionHead, Corrupted, Draws, Target, grouped
-from vla.heads.time import TimeInput
+from vla.heads.base import ActionHead, Corrupted, Draws, Noise, Target, grouped
+from vla.heads.time import Clock, TimeInput
 from vla.losses import error_entropy, weighted
 
 
@@ -55,8 +55,12 @@ class FlowHead(ActionHead):
         asked = (target.valid[:, None] & ~held)[..., None] & target.dim_mask[:, None, None]
         return Corrupted(state=noisy, time=time, answer=velocity, asked=asked)
 
-    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
-        return self.time_input(self.action_in_proj(state), time)
+    def clock(self, time: Tensor) -> Clock:
+        return Clock(self.time_input.rows(time))
+
+    def tokens(self, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None]:
+        assert clock.rows is not None
+        return self.time_input(self.action_in_proj(state), clock.rows)
 
     def read(self, hidden: Tensor) -> Tensor:
         return self.action_out_proj(hidden).float()
@@ -86,8 +90,8 @@ class FlowHead(ActionHead):
     def hold(self, state: Tensor, actions: Tensor, held: Tensor) -> Tensor:
         return torch.where(held[..., None], actions, state)
 
-    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
-        return state - out / self.steps
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, noise: Noise) -> Tensor:
+        return state.add(out, alpha=-1 / self.steps)
 
     def movement(self, out: Tensor) -> Tensor:
         return -out / self.steps

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vla.head_config import RegressionConfig
-from vla.heads.base import ActionHead, Corrupted, Draws, Target
+from vla.heads.base import ActionHead, Corrupted, Draws, Noise, Target
+from vla.heads.time import Clock
 from vla.losses import weighted
 
 
@@ -39,7 +40,10 @@ class RegressionHead(ActionHead):
         state = self.hold(F.pad(torch.zeros_like(actions), (0, 1)), actions, held)
         return Corrupted(state=state, time=held.float() * 0, answer=actions, asked=asked)
 
-    def embed(self, state: Tensor, time: Tensor) -> tuple[Tensor, Tensor | None]:
+    def clock(self, time: Tensor) -> Clock:
+        return Clock()
+
+    def tokens(self, state: Tensor, clock: Clock) -> tuple[Tensor, Tensor | None]:
         queries = self.query.expand(*state.shape[:3], -1)
         return (queries if self.held_proj is None else queries + self.held_proj(state)), None
 
@@ -66,7 +70,7 @@ class RegressionHead(ActionHead):
         flagged = F.pad(actions, (0, 1), value=1.0).expand_as(state)
         return torch.where(held[..., None], flagged, state)
 
-    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, generator: torch.Generator) -> Tensor:
+    def advance(self, state: Tensor, out: Tensor, index: int, held: Tensor, noise: Noise) -> Tensor:
         return F.pad(out, (0, 1))
 
     def movement(self, out: Tensor) -> Tensor:

@@ -35,9 +35,11 @@ class ScalarTokens(nn.Module):
         named = numbers + self.dim_embedding
         return named.sum(dim=3) if self.layout == "per_step" else named.flatten(2, 3)
 
-    def spread(self, per_step: Tensor) -> Tensor:
-        """A value for each step (B, G, H) -> for each token."""
-        return per_step.repeat_interleave(self.per_step, dim=2)
+    def spread(self, rows: Tensor) -> Tensor:
+        """Rows of steps (B, G, H, W) -> of their tokens; one row (W,) for all stays as it is."""
+        if rows.dim() == 1 or self.per_step == 1:
+            return rows
+        return rows[:, :, :, None].expand(-1, -1, -1, self.per_step, -1).flatten(2, 3)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., H or H*D, W) -> (..., H, D, K) float32."""
@@ -60,7 +62,7 @@ class CategoricalHead(ActionHead):
 
     def read(self, hidden: Tensor) -> Tensor:
         logits = self.scalars.logits(hidden)
-        return logits.masked_fill(~self.bins.allowed().to(logits.device), FORBIDDEN)
+        return logits.masked_fill(~self.bins.allowed(), FORBIDDEN)
 
     def errors(self, out: Tensor, answer: Tensor) -> Tensor:
         flat = F.cross_entropy(out.flatten(0, -2), answer.flatten(), reduction="none")
@@ -73,7 +75,7 @@ class CategoricalHead(ActionHead):
 
     def extrapolate(self, reference: Tensor, out: Tensor, scale: float) -> Tensor:
         mixed = torch.lerp(reference.log_softmax(-1), out.log_softmax(-1), scale)
-        return mixed.masked_fill(~self.bins.allowed().to(mixed.device), FORBIDDEN)
+        return mixed.masked_fill(~self.bins.allowed(), FORBIDDEN)
 
     def movement(self, out: Tensor) -> Tensor:
         """A share of the expected action."""

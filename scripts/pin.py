@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"(?<=\nconstraint-dependencies = \[\n).*?(?=^\]$)", re.DOTALL | re.MULTILINE)
 
 
-def pinned(lock: dict, project: str) -> str:
-    """One line `"name==version",` for each locked package that comes from an index."""
-    found = sorted((p["name"], p["version"]) for p in lock["package"] if p["name"] != project)
-    return "".join(f'    "{name}=={version}",\n' for name, version in found)
+def pinned(lock: dict) -> list[str]:
+    """`name==version` for each locked package that comes from an index; ours come from this folder."""
+    found = sorted((p["name"], p["version"]) for p in lock["package"] if "registry" in p["source"])
+    return [f"{name}=={version}" for name, version in found]
 
 
 def main() -> int:
@@ -38,9 +38,9 @@ def main() -> int:
         path.write_text(before, encoding="utf-8")
         print(f"error: {error}; pyproject.toml is as it was.", file=sys.stderr)
         return 1
-    name = tomllib.loads(before)["project"]["name"]
-    path.write_text(BLOCK.sub(lambda _: pinned(lock, name), before, count=1), encoding="utf-8")
-    print(f"pinned {len(lock['package']) - 1} packages")
+    lines = "".join(f'    "{pin}",\n' for pin in pinned(lock))
+    path.write_text(BLOCK.sub(lambda _: lines, before, count=1), encoding="utf-8")
+    print(f"pinned {lines.count('==')} packages")
     return 0
 
 

@@ -21,6 +21,7 @@ from train.sampler import MixtureSampler, observe
 from vla.batch import Batch
 from vla.errors import UsageError
 from vla.processor import Processor
+from vla.switching import FORWARD
 from vla.types import require_same
 
 
@@ -52,6 +53,7 @@ class Member:
     source: Source
     processor: Processor  # brings this data set's numbers into the model's units
     weight: float  # relative share of the samples
+    mode: int = FORWARD  # the behaviour that its rows show
 
 
 @dataclass(frozen=True)
@@ -248,6 +250,7 @@ def _answers(member: Member, frames: np.ndarray, view: View) -> dict[str, np.nda
         "actions": codec.encode_actions(raw.actions),
         "valid": raw.valid,
         "dim_mask": np.repeat(codec.dim_mask()[None], len(frames), axis=0),
+        "mode": np.full(len(frames), member.mode, np.int64),
     }
 
 

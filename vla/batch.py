@@ -32,6 +32,7 @@ class Batch:
     global_size: int  # rows of the global batch over all ranks and accumulation steps
     noise_seed: int  # all random draws for the global batch come from this seed
     loss_scale: float  # weight that makes the mean of micro-batch means the mean of the global batch
+    mode: Tensor | None = None  # (B,) int64, the behaviour that the row shows: 0 forward, 1 rollback, 2 advance
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {

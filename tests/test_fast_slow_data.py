@@ -183,13 +183,14 @@ def test_without_ages_every_row_has_its_own_observation(made: Made) -> None:
             assert torch.equal(getattr(a, name), getattr(b, name)), name
 
 
-def test_draws_change_with_the_step_and_the_seed(made: Made) -> None:
-    policy = policy_config(FastSlowConfig(0, 9, 0.0, 2, (), 16))
-    ages = [made(policy, seed=seed).micro_batches(step)[0].age for seed, step in ((3, 0), (3, 1), (4, 0))]
-    again = made(policy, seed=3).micro_batches(1)[0].age
-    assert torch.equal(again, ages[1])
-    assert not torch.equal(ages[0], ages[1])
-    assert not torch.equal(ages[0], ages[2])
+def test_ages_are_a_function_of_seed_and_step() -> None:
+    law = FastSlowConfig(0, 9, 0.2, 2, (), 16)
+    first, step, seed, again = (
+        MixtureSampler([9], [1.0], seed).ages(step, 50, law) for seed, step in ((3, 0), (3, 1), (4, 0), (3, 0))
+    )
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, step)
+    assert not np.array_equal(first, seed)
 
 
 laws = st.builds(

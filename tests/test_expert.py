@@ -187,3 +187,28 @@ def test_a_context_without_fresh_tokens_is_the_prefix() -> None:
     assert isinstance(context, Context)
     assert torch.equal(context.keys[0], cache.keys[0])
     assert torch.equal(context.next_position, cache.next_position)
+
+
+def test_joint_layers_score_as_the_backbone_does() -> None:
+    """Scale and soft cap come with the cache; cross layers project it and use their own."""
+    shape = CacheShape(SHAPE_LAYERS, HEADS, KV_HEADS, DIM, 100.0, scale=0.9, softcap=0.8)
+    expert = make(("joint", "cross"))
+    own = ActionExpert(expert.config, shape).double()
+    own.load_state_dict(expert.state_dict())
+    joint, cross = own.layers[0], own.layers[1]
+    assert isinstance(joint, JointLayer)
+    assert isinstance(cross, CrossLayer)
+    cache = make_cache()
+    context = own.context(cache, fresh(), None)
+    layout = own.layout(context, [STEPS])
+    x = pack(tokens(1), [STEPS])
+    out, keys, values = joint(x, None, context.keys[0], context.values[0], layout)
+    query = rotate(joint.heads(joint.q_proj(joint.input_layernorm(x, None)[0])), layout.joint_rope)
+    after = x + joint.o_proj(attend(query, keys, values, layout.joint_mask, 0.9, 0.8))
+    torch.testing.assert_close(out, joint.feed_forward(after, None))
+    plain = expert.layers[1]
+    assert isinstance(plain, CrossLayer)
+    pair = cross.context(cache.keys[1], cache.values[1])
+    assert torch.equal(cross(x, None, *pair, layout)[0], plain(x, None, *pair, layout)[0])
+    rounded = cross.context(cache.keys[1].bfloat16(), cache.values[1].bfloat16())
+    assert rounded[0].dtype == torch.float64

@@ -55,3 +55,15 @@ def test_attention_with_grouped_heads() -> None:
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) / 8**0.5).masked_fill(~mask, float("-inf"))
     expected = (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2).flatten(2)
     torch.testing.assert_close(attend(q, k, v, mask), expected, atol=1e-6, rtol=0)
+
+
+def test_attention_with_its_own_scale_and_capped_scores() -> None:
+    """Gemma 2: cap * tanh(score / cap), two query heads to a key head; the mask is not bent."""
+    q, k, v = torch.randn(2, 4, 3, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    mask = torch.arange(5).expand(2, 1, 3, 5) < torch.tensor([5, 3])[:, None, None, None]
+    scores = torch.einsum("bntd,bnsd->bnts", q, k.repeat_interleave(2, 1)) * 0.7
+    expected = (1.5 * torch.tanh(scores / 1.5)).masked_fill(~mask, -1e9).softmax(-1) @ v.repeat_interleave(2, 1)
+    out = attend(q, k, v, mask, scale=0.7, softcap=1.5)
+    torch.testing.assert_close(out, expected.transpose(1, 2).flatten(2), atol=1e-6, rtol=0)
+    plain = attend(q, k, v, mask, scale=0.7)
+    torch.testing.assert_close(attend(q, k, v, mask, scale=0.7, softcap=1e4), plain, atol=1e-5, rtol=0)

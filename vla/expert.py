@@ -53,13 +53,13 @@ class ExpertLayer(nn.Module):
     def __init__(self, config: ExpertConfig, shape: CacheShape, kv_width: int) -> None:
         super().__init__()
         self.head_dim = shape.head_dim
-        self.input_layernorm = NORMS[config.norm](config.width)
+        self.input_layernorm = NORMS[config.norm](config.width, config.norm_eps)
         self.q_proj = nn.Linear(config.width, shape.heads * shape.head_dim, bias=False)
         self.k_proj = nn.Linear(kv_width, shape.kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(kv_width, shape.kv_heads * shape.head_dim, bias=False)
         self.o_proj = nn.Linear(shape.heads * shape.head_dim, config.width, bias=False)
-        self.post_attention_layernorm = NORMS[config.norm](config.width)
-        self.mlp = GatedMLP(config.width, config.mlp)
+        self.post_attention_layernorm = NORMS[config.norm](config.width, config.norm_eps)
+        self.mlp = GatedMLP(config.width, config.mlp, config.activation)
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, T, N*D) -> (B, N, T, D)."""
@@ -75,6 +75,7 @@ class JointLayer(ExpertLayer):
 
     def __init__(self, config: ExpertConfig, shape: CacheShape) -> None:
         super().__init__(config, shape, config.width)
+        self.scale, self.softcap = shape.scale, shape.softcap  # keys of the cache are made for these
 
     def context(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         return keys, values
@@ -88,7 +89,8 @@ class JointLayer(ExpertLayer):
         own = rotate(self.heads(self.k_proj(normed)), layout.joint_rope)
         keys = torch.cat((keys, own), dim=2)
         values = torch.cat((values, self.heads(self.v_proj(normed))), dim=2)
-        x = residual(x, self.o_proj(attend(query, keys, values, layout.joint_mask)), gate)
+        attended = attend(query, keys, values, layout.joint_mask, self.scale, self.softcap)
+        x = residual(x, self.o_proj(attended), gate)
         return self.feed_forward(x, cond), keys, values
 
 
@@ -99,7 +101,8 @@ class CrossLayer(ExpertLayer):
         super().__init__(config, shape, shape.kv_heads * shape.head_dim)
 
     def context(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        flat_keys, flat_values = (x.transpose(1, 2).flatten(2) for x in (keys, values))
+        own = self.k_proj.weight.dtype  # a frozen backbone may be held in another
+        flat_keys, flat_values = (x.transpose(1, 2).flatten(2).to(own) for x in (keys, values))
         return self.heads(self.k_proj(flat_keys)), self.heads(self.v_proj(flat_values))
 
     def forward(
@@ -123,7 +126,7 @@ class ActionExpert(nn.Module):
         self.taps = [((i + 1) * shape.layers - 1) // config.layers for i in range(config.layers)]
         kinds = [config.attention[i % len(config.attention)] for i in range(config.layers)]
         self.layers = nn.ModuleList(LAYERS[kind](config, shape) for kind in kinds)
-        self.norm = NORMS[config.norm](config.width)
+        self.norm = NORMS[config.norm](config.width, config.norm_eps)
 
     def context(self, cache: PrefixCache, fresh: Tensor, cond: Tensor | None) -> Context:
         """Run the fresh tokens once and keep what the action tokens will attend to.
@@ -132,8 +135,9 @@ class ActionExpert(nn.Module):
             fresh: (B, F, W), F may be 0.
             cond: (B, F, W) condition of the fresh tokens, with norm 'adarms'.
         """
-        positions = cache.next_position[:, None] + torch.arange(fresh.shape[1], device=fresh.device)
-        count = fresh.shape[1]
+        first, count = self.config.first_position, fresh.shape[1]
+        start = cache.next_position if first is None else torch.full_like(cache.next_position, first)
+        positions = start[:, None] + torch.arange(count, device=fresh.device)
         own = fresh.new_ones(count, count, dtype=torch.bool)
         layout = self._layout(cache.valid, cache.valid.shape[1], positions, own)
         pairs = []
@@ -149,7 +153,7 @@ class ActionExpert(nn.Module):
             values=tuple(v for _, v in pairs),
             valid=torch.cat((cache.valid, seen), dim=1),
             prefix_len=cache.valid.shape[1],
-            next_position=cache.next_position + count,
+            next_position=start + count,
         )
 
     def layout(self, context: Context, lengths: Sequence[int]) -> Layout:

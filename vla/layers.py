@@ -4,6 +4,9 @@ Axes: B batch, T tokens, W width, N heads, K key-value heads, S keys, D head siz
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -45,28 +48,51 @@ class AdaRMSNorm(nn.Module):
 NORMS: dict[str, type[RMSNorm] | type[AdaRMSNorm]] = {"rms": RMSNorm, "adarms": AdaRMSNorm}
 
 
-class GatedMLP(nn.Module):
-    """SwiGLU feed-forward (Shazeer 2020)."""
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 
-    def __init__(self, width: int, hidden: int) -> None:
+
+class GatedMLP(nn.Module):
+    """SwiGLU or GEGLU feed-forward (Shazeer 2020)."""
+
+    def __init__(self, width: int, hidden: int, activation: Literal["silu", "gelu_tanh"] = "silu") -> None:
         super().__init__()
+        self.activation = ACTIVATIONS[activation]
         self.gate_proj = nn.Linear(width, hidden, bias=False)
         self.up_proj = nn.Linear(width, hidden, bias=False)
         self.down_proj = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(self.activation(self.gate_proj(x)) * self.up_proj(x))
 
 
 def residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     return x + (branch if gate is None else branch * gate)
 
 
-def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """(B, N, T, D), (B, K, S, D) twice, mask (B, 1, T or 1, S) bool -> (B, T, N*D)."""
-    grouped = keys.shape[1] != query.shape[1]
-    out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, enable_gqa=grouped)
-    return out.transpose(1, 2).flatten(2)
+def attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """(B, N, T, D), (B, K, S, D) twice, mask (B, 1, T or 1, S) bool -> (B, T, N*D).
+
+    Args:
+        scale: of the scores; None: D ** -0.5.
+        softcap: scores are bent to `softcap * tanh(score / softcap)` (Gemma 2); None: they are not.
+    """
+    if softcap is None:
+        grouped = keys.shape[1] != query.shape[1]
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale, enable_gqa=grouped)
+        return out.transpose(1, 2).flatten(2)
+    factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    folded = query.unflatten(1, (keys.shape[1], -1))  # (B, K, N/K, T, D)
+    scores = torch.einsum("bkgtd,bksd->bkgts", folded, keys) * factor
+    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask[:, :, None], float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(values.dtype)
+    return torch.einsum("bkgts,bksd->btkgd", weights, values).flatten(2)
 
 
 def time_embedding(time: Tensor, width: int, min_period: float = 4e-3, max_period: float = 4.0) -> Tensor:

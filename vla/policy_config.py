@@ -22,6 +22,10 @@ class ExpertConfig:
     attention: tuple[Literal["joint", "cross"], ...]  # repeated over the layers
     norm: Literal["rms", "adarms"]  # adarms: the head's time conditions every norm (pi0.5)
     action_attention: Literal["bidirectional", "causal"]  # pi0 and pi0.5, or SmolVLA
+    activation: Literal["silu", "gelu_tanh"] = "silu"  # of the MLP's gate: SmolVLA, or Gemma (pi0 and pi0.5)
+    norm_eps: float = 1e-6  # added to the mean square in every norm
+    first_position: int | None = None  # rotary position of the first token after the prefix; null: how many of the
+    # prefix's tokens are valid. The released mixture-of-horizons weights count the padded ones too, a fixed number
 
     def __post_init__(self) -> None:
         if "joint" not in self.attention:

@@ -14,6 +14,7 @@ from vla.backbone_config import SmolVLMConfig, TinyVLM
 from vla.backbones.base import Reads
 from vla.backbones.build import new_backbone
 from vla.backbones.smolvlm import SmolVLM, tiny_hf_config
+from vla.cache import rope_tables
 from vla.errors import CheckpointError, UsageError
 
 TINY = TinyVLM(width=32, vision_layers=2, text_layers=3, heads=4, mlp=48, patch=8, pixel_shuffle=2)
@@ -294,3 +295,11 @@ def test_damaged_weights_are_refused(pretrained: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointError, match="cannot be read"):
         new_backbone(settings_for(pretrained), 32)
+
+
+def test_the_expert_turns_its_tokens_as_the_backbone_does() -> None:
+    backbone, _ = new_backbone(SETTINGS, 32)
+    positions = torch.tensor([[0, 3, 50]])
+    cos, sin = backbone.text.rotary_emb(torch.zeros(1), positions)
+    ours = rope_tables(positions, backbone.shape.head_dim, backbone.shape.rope_theta)
+    torch.testing.assert_close(ours, (cos, sin))

@@ -16,6 +16,7 @@ from vla.backbone_config import TinyPaliGemma
 from vla.backbones.base import Reads
 from vla.backbones.build import new_backbone, saved_backbone
 from vla.backbones.paligemma import PaliGemma, tiny_hf_config
+from vla.cache import rope_tables
 from vla.errors import CheckpointError, UsageError
 
 TINY = TinyPaliGemma("gemma", 32, vision_layers=2, text_layers=3, heads=4, head_dim=16, mlp=48, patch=8)
@@ -232,3 +233,11 @@ def test_what_cannot_be_read_is_refused(folder: Path) -> None:
         new_backbone(settings_for(folder), 16)
     with pytest.raises(UsageError, match="multiple of patch"):
         new_backbone(SETTINGS, 20)
+
+
+def test_the_expert_turns_its_tokens_as_the_backbone_does() -> None:
+    backbone, _ = new_backbone(SETTINGS, 16)
+    positions = torch.tensor([[0, 3, 50]])
+    cos, sin = backbone.text.rotary_emb(torch.zeros(1), positions)
+    ours = rope_tables(positions, backbone.shape.head_dim, backbone.shape.rope_theta)
+    torch.testing.assert_close(ours, (cos, sin))

@@ -20,6 +20,7 @@ from vla.backbone_config import QwenVLConfig, TinyQwenVL
 from vla.backbones.base import Reads
 from vla.backbones.build import new_backbone, saved_backbone
 from vla.backbones.qwen_vl import PIXELS, QwenVL, picture_positions, tiny_hf_config, to_patches
+from vla.cache import rope_tables
 from vla.errors import CheckpointError, UsageError
 
 TINY = TinyQwenVL("qwen2_5_vl", width=48, vision_layers=3, text_layers=4, heads=4, kv_heads=2, mlp=48, patch=4)
@@ -280,3 +281,13 @@ def test_what_cannot_be_read_is_refused(folder: Path) -> None:
     config.write_text(config.read_text().replace('"model_type": "qwen', '"model_type": "mistral", "was": "qwen', 1))
     with pytest.raises(CheckpointError, match=r"'mistral' model.*Qwen3-VL"):
         new_backbone(settings_for(folder), SIDE)
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl", "qwen3_vl"])
+def test_the_expert_turns_its_tokens_as_the_backbone_does(model: str) -> None:
+    backbone, _ = new_backbone(replace(SETTINGS, tiny=tiny(model)), SIDE)
+    assert isinstance(backbone, QwenVL)
+    positions = torch.tensor([[0, 3, 50]])
+    theirs = backbone._key_tables(backbone._tables(torch.zeros(1), positions))
+    ours = rope_tables(positions, backbone.shape.head_dim, backbone.shape.rope_theta)
+    torch.testing.assert_close(ours, theirs)

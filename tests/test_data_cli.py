@@ -144,9 +144,9 @@ def test_stats_of_a_broken_data_set_leave_no_file(recipe_file: str, video_root: 
     assert os.listdir("out") == []
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["inspect", "--help"], ["check", "--help"], ["stats", "--help"]])
-def test_help(argv: list[str], capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize("command", ["", "inspect", "check", "stats", "tokenizer", "tokenizer fast", "tokenizer bins"])
+def test_help(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as caught:
-        main(argv)
+        main([*command.split(), "--help"])
     assert caught.value.code == 0
     assert "RECIPE.yaml" in capsys.readouterr().out

@@ -125,7 +125,23 @@ def test_loss_uses_the_kept_levels_of_each_chunk() -> None:
     kept = torch.tensor([1, 2, 3, 1, 2, 3, 1, 2])
     ids = net.quantiser(net.encode(x)).ids
     rebuilt = torch.cat([net.decode(net.quantiser.sums_of(ids[i : i + 1, :k])) for i, k in enumerate(kept.tolist())])
-    torch.testing.assert_close(net.loss(x, kept, beta=0.0), torch.nn.functional.mse_loss(rebuilt, x))
+    error, commitment = torch.nn.functional.mse_loss(rebuilt, x), net.quantiser(net.encode(x)).commitment
+    torch.testing.assert_close(net.loss(x, kept, beta=0.0), error)
+    torch.testing.assert_close(net.loss(x, kept, beta=0.25), error + 0.25 * commitment)
+
+
+def test_half_of_a_batch_is_rebuilt_from_all_levels_and_the_rest_from_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, loss = [], ChunkAutoencoder.loss
+
+    def spy(net: ChunkAutoencoder, actions: torch.Tensor, kept: torch.Tensor, beta: float) -> torch.Tensor:
+        assert beta == 0.25
+        seen.append(kept)
+        return loss(net, actions, kept, beta)
+
+    monkeypatch.setattr(ChunkAutoencoder, "loss", spy)
+    fit_residual_vq.fit(walks(50, 0), CHUNK, CONFIG, ResidualVQTraining(steps=2, batch=3000, lr=1e-3, seed=0))
+    shares = torch.bincount(torch.cat(seen), minlength=4) / 6000
+    torch.testing.assert_close(shares, torch.tensor([0, 1 / 6, 1 / 6, 2 / 3]), atol=0.03, rtol=0)
 
 
 def test_finer_levels_add_tokens_and_take_error_away(fitted: ResidualVQTokenizer) -> None:
@@ -183,10 +199,11 @@ def test_a_last_patch_that_is_not_full_repeats_the_last_action() -> None:
 
 
 def test_the_same_arguments_give_the_same_weights(tmp_path: Path) -> None:
-    state = torch.random.get_rng_state()
     short = ResidualVQTraining(steps=3, batch=16, lr=1e-3, seed=5)
     seen = []
     a = fit_residual_vq.fit(walks(50, 0), CHUNK, CONFIG, short, lambda step, loss: seen.append((step, loss)))
+    torch.manual_seed(77)  # the caller's random numbers neither enter nor advance
+    state = torch.random.get_rng_state()
     b = fit_residual_vq.fit(walks(50, 0), CHUNK, CONFIG, short)
     assert torch.equal(torch.random.get_rng_state(), state)
     a.save(tmp_path / "a")

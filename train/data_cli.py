@@ -3,6 +3,8 @@
   vla-data inspect datasets/metaworld_four_tasks.yaml       tables, and one picture with histograms and frames
   vla-data check datasets/metaworld_four_tasks.yaml         a doctor: what is broken, what looks wrong, what to do
   vla-data stats datasets/metaworld_four_tasks.yaml         exact statistics of the training episodes, as JSON
+  vla-data tokenizer fast datasets/metaworld_four_tasks.yaml --chunk 16
+                                                            an action tokenizer, and what it loses
 
 RECIPE.yaml says where the data set is and what its numbers mean; see datasets/. Values of it can be
 replaced on the command line, such as root=/data/mine or split.exclude=[3,17].
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train import compute_stats, doctor_data, findings, inspect_data
+from train import compute_stats, doctor_data, findings, inspect_data, tokenizer_cli
 from train.dataset import LeRobotSource
 from train.raw_table import read_raw
 from train.recipe import Recipe
@@ -38,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{inspect,check,stats}")
+    commands = parser.add_subparsers(required=True, metavar="{inspect,check,stats,tokenizer}")
     what = (
         ("inspect", _inspect, "print tables and draw a picture of a data set"),
         ("check", _check, "find what is broken or looks wrong"),
@@ -58,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
             p.add_argument(
                 "--out", type=Path, metavar="FOLDER", help=f"where to write (default: {OUT}/<recipe's name>)"
             )
+    tokenizer_cli.add_parser(commands)
     return parser
 
 

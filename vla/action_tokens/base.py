@@ -100,11 +100,13 @@ class ActionTokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write `folder`, whole or not at all; what stood there is replaced."""
         with whole_folder(folder) as partial:
-            self._write(partial)
-            write_json(
-                partial / MANIFEST,
-                {"format": FORMAT, "kind": self.KIND, "chunk": asdict(self.chunk), "settings": self._settings()},
-            )
+            self.write(partial)
+
+    def write(self, folder: Path) -> None:
+        """Write the files into `folder`, which exists and is the caller's to make whole."""
+        self._write(folder)
+        what = {"format": FORMAT, "kind": self.KIND, "chunk": asdict(self.chunk), "settings": self._settings()}
+        write_json(folder / MANIFEST, what)
 
     @abstractmethod
     def _encode(self, actions: np.ndarray) -> list[np.ndarray]: ...

@@ -84,6 +84,18 @@ def assert_equal(a: Batch, b: Batch) -> None:
         assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, f.name
 
 
+def test_the_prompt_tells_the_state_of_the_picture(video_recipe: Recipe) -> None:
+    config = replace(FAST_SLOW, state="prompt", history=0, max_tokens=60)
+    source = LeRobotSource(video_recipe, 5, "train", config.past, 0)
+    processor = processor_for(source, config)
+    reader = loader([Member(source, processor, 1.0)])
+    samples, batch = reader._draw(3), reader.micro_batches(3)[0]
+    assert (samples.frames != samples.observed[:, None]).any(), "or the test shows nothing"
+    texts, states = source.instructions(samples.frames[:, 0]), source.steps(samples.observed).state
+    expected = [processor.text(text, state)[0] for text, state in zip(texts, states, strict=True)]
+    assert np.array_equal(batch.tokens.numpy(), np.stack(expected)[:, : batch.tokens.shape[1]])
+
+
 OBSERVED = ("images", "image_mask", "tokens", "token_mask")  # with an entry for each observation
 
 
@@ -110,7 +122,7 @@ def test_a_batch_is_what_the_source_and_the_processor_say(members: list[Member])
     assert np.array_equal(batch.valid.numpy(), raw.valid)
     assert batch.dim_mask.tolist() == [[True, True, False, False]] * 12
     ids = [t[m].tolist() for t, m in zip(batch.tokens, batch.token_mask, strict=True)]
-    assert ids == [processor.tokenizer.encode(text) for text in source.instructions(frame)]
+    assert ids == [processor.tokenizer.encode(text + "\n") for text in source.instructions(frame)]
     assert len({tuple(i) for i in ids}) == 3
     assert batch.tokens.shape[1] == max(map(len, ids)), "no column is padding alone"
     assert batch.tokens.dtype == torch.int64

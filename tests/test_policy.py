@@ -228,6 +228,5 @@ def test_damaged_folders_are_refused(policy: VLAPolicy, tmp_path: Path) -> None:
 def test_text_of_any_kind_has_tokens() -> None:
     byte_level = tokenizer.byte_level()
     for text in ("open the faucet", "Öffne den Hahn", "打开水龙头", "🤖"):
-        assert len(byte_level.encode(text)) == len(text.encode()) + 1
+        assert len(byte_level.encode(text)) == len(text.encode())
         assert max(byte_level.encode(text)) < byte_level.vocab_size
-    assert byte_level.encode("a") == byte_level.encode(" a ")

@@ -229,7 +229,8 @@ def _observations(member: Member, samples: Samples, view: View) -> dict[str, np.
     """The fields of a `Batch` with one entry for each observation: pictures as they were, what is asked for now."""
     images, present = member.source.pictures(samples.observed, view)
     texts = member.source.instructions(samples.frames[:, 0])
-    tokens, token_mask = zip(*(member.processor.text(text) for text in texts), strict=True)
+    states = member.source.steps(samples.observed).state  # as old as the pictures
+    tokens, token_mask = zip(*map(member.processor.text, texts, states), strict=True)
     return {
         "images": images,
         "image_mask": np.repeat(present[None], len(images), axis=0),

@@ -171,7 +171,7 @@ class VLAPolicy(nn.Module):
     def encode_observation(self, observation: Observation) -> PrefixCache:
         """One observation -> a cache of batch 1 that carries its capture time."""
         images, present = self.processor.images(observation.images)
-        ids, mask = self.processor.text(observation.instruction)
+        ids, mask = self.processor.text(observation.instruction, observation.state)
         count = int(mask.sum())  # padding is not computed
         cache = self.encode(
             self._tensor(images)[None],

@@ -13,6 +13,25 @@ from vla.images import resize_with_pad
 from vla.policy_config import PolicyConfig
 from vla.tokenizer import Tokenizer
 
+STATE_BINS = 256
+
+
+def prompt(instruction: str) -> str:
+    """The instruction and the newline that ends it (pi0, SmolVLA)."""
+    return instruction.strip() + "\n"
+
+
+def prompt_with_state(instruction: str, state: np.ndarray) -> str:
+    """The instruction and the state in digits (pi0.5).
+
+    Args:
+        state: (S,) model units; -1 to 1 is cut into 256 bins, 0 to 255. What lies below is -1, above 255.
+    """
+    edges = np.linspace(-1, 1, STATE_BINS + 1)[:-1]
+    digits = " ".join(str(d) for d in np.digitize(state, edges) - 1)
+    task = instruction.strip().replace("_", " ").replace("\n", " ")
+    return f"Task: {task}, State: {digits};\nAction: "
+
 
 class Processor:
     """Images, text, state and actions of one embodiment, in the form that `config` asks for."""
@@ -48,21 +67,29 @@ class Processor:
         blank = np.zeros((size, size, 3), np.uint8)
         return np.stack([resize_with_pad(images[n], size) if n in images else blank for n in names]), present
 
-    def text(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
+    def text(self, instruction: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """An instruction as (T,) int64 ids padded to `max_tokens` and (T,) bool, true for real tokens.
 
+        Args:
+            state: (S,) physical units; read with `policy.state` 'prompt' alone, and needed there.
+
         Raises:
-            TandemError: the instruction is longer than `max_tokens`; it is never cut.
+            TandemError: the prompt is longer than `max_tokens`; it is never cut.
         """
+        if self.config.state == "prompt":
+            if state is None:
+                raise ValueError("policy.state 'prompt' needs the state")
+            units = self.codec.encode_state(state)[: self.codec.state_spec.dim]
+            return self._tokenize(prompt_with_state(instruction, units))
         if instruction not in self._text:
-            self._text[instruction] = self._tokenize(instruction)
+            self._text[instruction] = self._tokenize(prompt(instruction))
         return self._text[instruction]
 
-    def _tokenize(self, instruction: str) -> tuple[np.ndarray, np.ndarray]:
-        ids, limit = self.tokenizer.encode(instruction), self.config.max_tokens
+    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        ids, limit = self.tokenizer.encode(text), self.config.max_tokens
         if len(ids) > limit:
             raise TandemError(
-                f"The instruction {instruction!r} has {len(ids)} tokens, policy.max_tokens is {limit}. "
+                f"The instruction {text!r} has {len(ids)} tokens, policy.max_tokens is {limit}. "
                 f"Raise policy.max_tokens or shorten the instruction."
             )
         padded = np.full(limit, self.tokenizer.pad_id, np.int64)

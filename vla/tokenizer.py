@@ -22,9 +22,9 @@ class Tokenizer:
         self.pad_id = 0  # any valid id: padded positions are masked wherever they could be read
         self.vocab_size = self._fast.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, instruction: str) -> list[int]:
-        """Ids of the instruction and the newline that ends it (pi0, SmolVLA)."""
-        return self._fast.encode(instruction.strip() + "\n").ids
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text as it is, with the marks that this tokenizer puts around it."""
+        return self._fast.encode(text).ids
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,4 +90,4 @@ def test_chunks_longer_than_most_episodes_are_noted(open_with: Open, video_recip
     assert "3 of 4 episodes of recipe 'small' are shorter than the 14 steps" in note
     assert "median is 11.5 frames" in note
     only_short = LeRobotSource(replace(video_recipe, split=Split(0.0, 0, (0, 2, 3))), 8, "train")
-    assert len(Sources((only_short, only_short), ()).notes()) == 2
+    assert len(Sources((only_short, only_short), (), (), ()).notes()) == 1, "read by two members, noted once"

@@ -1,12 +1,16 @@
 """The data sets of a run: opened once, and checked at the door against one another and the policy."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from train import compute_stats, dataset_checks, frame_cache, recipe
 from train.dataset import LeRobotSource, views
 from train.recipe import Recipe
+from train.switching_data import MODE, DerivedSource, SwitchingRows, derive
 from train.train_config import DataConfig
 from vla.cli import require
 from vla.config import digest
@@ -15,6 +19,9 @@ from vla.policy_config import PolicyConfig
 from vla.stats import Statistics
 from vla.types import require_same
 
+if TYPE_CHECKING:
+    from train.loader import Source
+
 
 @dataclass(frozen=True)
 class Sources:
@@ -22,11 +29,14 @@ class Sources:
 
     train: tuple[LeRobotSource, ...]
     held_out: tuple[LeRobotSource, ...]  # episodes for validation; empty if not asked for
+    train_rows: tuple[Source, ...]  # what the members read: these sources, or rows made from them
+    held_out_rows: tuple[Source, ...]
 
     def identity(self) -> list[dict[str, Any]]:
         """What must be the same when a run is resumed, and what its log says of the data."""
         return [
-            {
+            made(rows)
+            | {
                 "recipe": source.recipe.name,
                 "revision": source.revision,
                 "meaning": digest([getattr(source.recipe, k) for k in ("cameras", "state", "action", "language")]),
@@ -34,13 +44,13 @@ class Sources:
                 "episodes": len(source.episodes),
                 "frames": len(source),
             }
-            for source in self.train
+            for source, rows in zip(self.train, self.train_rows, strict=True)
         ]
 
     def notes(self) -> list[str]:
         """What is allowed, and seldom meant: a line each."""
         found = []
-        for source in self.train:
+        for source in dict.fromkeys(self.train):
             window, lengths = source.past + source.horizon, [episode.length for episode in source.episodes]
             short = sum(length < window for length in lengths)
             if 2 * short > len(lengths):
@@ -53,7 +63,7 @@ class Sources:
 
     def statistics(self) -> Statistics:
         """Exact statistics of all training frames; the mixture's weights do not enter."""
-        return compute_stats.compute(self.train)
+        return compute_stats.compute(list(dict.fromkeys(self.train)))
 
 
 def open_sources(data: DataConfig, policy: PolicyConfig, *, held_out: bool) -> Sources:
@@ -79,10 +89,38 @@ def open_sources(data: DataConfig, policy: PolicyConfig, *, held_out: bool) -> S
             name in known,
             f"policy.fast_slow.cameras names {name!r}, which no recipe of data.mixture has.{choose_from(name, known)}",
         )
-    train = tuple(_open(r, data, policy, "train") for r in recipes)
+    train = _open_all(recipes, data, policy, "train")
     for source in train:
         _require_reach(source, policy)
-    return Sources(train, tuple(_open(r, data, policy, "validation") for r in recipes) if held_out else ())
+    validation = _open_all(recipes, data, policy, "validation") if held_out else ()
+    rows = [member.rows for member in data.mixture]
+    return Sources(train, validation, _rows(train, rows, policy), _rows(validation, rows, policy) if held_out else ())
+
+
+def _open_all(
+    recipes: Sequence[Recipe], data: DataConfig, policy: PolicyConfig, split: Literal["train", "validation"]
+) -> tuple[LeRobotSource, ...]:
+    """Each data set once, however many members read it."""
+    files = [member.recipe for member in data.mixture]
+    opened = {file: _open(r, data, policy, split) for file, r in dict(zip(files, recipes, strict=True)).items()}
+    return tuple(opened[file] for file in files)
+
+
+def _rows(
+    sources: Sequence[LeRobotSource], rows: Sequence[SwitchingRows | None], policy: PolicyConfig
+) -> tuple[Source, ...]:
+    for made in filter(None, rows):
+        require(
+            policy.conditions is not None and policy.conditions.modes > max(MODE.values()),
+            f"data.mixture has {made.behaviour} rows, and the policy could not tell them from others: set "
+            f"policy.conditions.modes to {max(MODE.values()) + 1}.",
+        )
+    return tuple(s if made is None else derive(s, made) for s, made in zip(sources, rows, strict=True))
+
+
+def made(rows: Source) -> dict[str, Any]:
+    """What else decides a member's rows, where they were made."""
+    return {"rows": rows.identity} if isinstance(rows, DerivedSource) else {}
 
 
 def _require_reach(source: LeRobotSource, policy: PolicyConfig) -> None:

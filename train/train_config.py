@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from train.frame_cache import CacheConfig
+from train.switching_data import SwitchingRows
 from vla.errors import UsageError
 from vla.policy_config import PolicyConfig
 
@@ -17,6 +18,7 @@ class MemberConfig:
 
     recipe: Path  # a YAML of datasets/
     weight: float  # relative share of the samples
+    rows: SwitchingRows | None = None  # null: as recorded
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,7 @@ class TandemPolicy(PreTrainedPolicy):
         processor, codec = self.model.processor, self.model.processor.codec
         seen = self._observations(batch)
         images, present = zip(*(processor.images(o.images) for o in seen), strict=True)
-        ids, mask = zip(*(processor.text(o.instruction) for o in seen), strict=True)
+        ids, mask = zip(*(processor.text(o.instruction, o.state) for o in seen), strict=True)
         longest = int(np.stack(mask).sum(axis=1).max())
         actions = batch[ACTION].detach().float().cpu().numpy()
         pad = batch.get("action_is_pad")

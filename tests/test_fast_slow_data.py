@@ -169,8 +169,8 @@ def test_the_instruction_is_that_of_the_rows(made: Made) -> None:
         (batch,) = loader.micro_batches(step)
         for i, (episode, t) in enumerate(batch.state.int().tolist()):
             row = batch.observation[i]
-            told = batch.tokens[row][batch.token_mask[row]].tolist()
-            assert told == byte_level().encode(task(episode, t))
+            ids, mask = loader._members[0].processor.text(task(episode, t))
+            assert batch.tokens[row][batch.token_mask[row]].tolist() == ids[mask].tolist()
             old += task(episode, t) != task(episode, t - int(batch.age[i]))
     assert old > 0, "some observations are from before the task changed"
 

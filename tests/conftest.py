@@ -126,3 +126,9 @@ def tiny_run() -> dict[str, Any]:
 def kit() -> SimpleNamespace:
     """The names of tests/programs/head_kit.py: small heads with a random context."""
     return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs/head_kit.py")))
+
+
+@pytest.fixture(scope="session")
+def policies() -> SimpleNamespace:
+    """The names of tests/programs/policy_kit.py: a small policy's settings, an observation, a batch."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parent / "programs/policy_kit.py")))

@@ -5,6 +5,7 @@ statistics.json     normalisation, with the ActionSpecs of state and action
 model.safetensors   all weights, strict
 tokenizer/          tokenizer.json
 backbone/           config.json of the Hugging Face architecture
+action_tokenizer/   only with policy.token_loss: what names its chunks
 versions.json       what wrote it
 """
 
@@ -29,6 +30,7 @@ from vla.policy_config import PolicyConfig
 from vla.stats import Statistics
 
 FORMAT = 1
+CHUNK_TOKENIZER = "action_tokenizer"
 DECODE = ("execute", "mixture.consensus", "continuation", "conditions.intent", "conditions.scale")  # and the head's
 FILES = ("config.yaml", "statistics.json", "model.safetensors", "versions.json")
 
@@ -55,6 +57,9 @@ def save(policy: VLAPolicy, folder: Path, weights: Mapping[str, Tensor] | None =
         write_json(partial / "statistics.json", policy.processor.codec.statistics.to_json())
         policy.processor.tokenizer.save(partial / "tokenizer")
         policy.backbone.hf_config.save_pretrained(partial / "backbone")
+        if policy.chunk_tokens is not None:
+            (partial / CHUNK_TOKENIZER).mkdir()
+            policy.chunk_tokens.tokenizer.write(partial / CHUNK_TOKENIZER)
         packages = ("tandem-vla", "torch", "transformers", "tokenizers", "numpy")
         write_json(partial / "versions.json", {"format": FORMAT} | {name: version(name) for name in packages})
 
@@ -73,8 +78,10 @@ def load(folder: Path | str, device: str = "cpu", settings: Mapping[str, Any] | 
     folder = Path(folder)
     saved = read(folder, settings)
     with torch.random.fork_rng(devices=[]):  # building draws random weights that are then overwritten
-        backbone = saved_backbone(folder / "backbone", saved.config.backbone)
-        policy = VLAPolicy.compose(saved.config, saved.statistics, backbone, saved.tokenizer)
+        backbone = saved_backbone(folder / "backbone", saved.config.backbone, saved.config.reads)
+        policy = VLAPolicy.compose(
+            saved.config, saved.statistics, backbone, saved.tokenizer, chunk_tokenizer(folder, saved.config)
+        )
     load_weights(policy, folder / "model.safetensors")
     return policy.to(device).eval()
 
@@ -89,13 +96,23 @@ def read(folder: Path, settings: Mapping[str, Any] | None = None) -> Saved:
     return Saved(_configured(folder, settings or {}), statistics, tokenizer.load(folder / "tokenizer"))
 
 
+def chunk_tokenizer(folder: Path, config: PolicyConfig) -> Path | None:
+    """Where a checkpoint keeps the action tokenizer of its token loss."""
+    return None if config.token_loss is None else folder / CHUNK_TOKENIZER
+
+
 @torch.no_grad()
-def load_weights(policy: VLAPolicy, path: Path) -> None:
-    """Strict: every name and shape must agree. One tensor after another, so that no second copy of all is held."""
+def load_weights(policy: VLAPolicy, path: Path, new: tuple[str, ...] = ()) -> None:
+    """Strict: every name and shape must agree. One tensor after another, so that no second copy of all is held.
+
+    Args:
+        new: beginnings of names that the file may lack: parts that this policy adds to it.
+    """
     own = policy.state_dict()
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            own = {name: x for name, x in own.items() if name in shapes or not name.startswith(new)}
             _require_fit(path, {name: tuple(x.shape) for name, x in own.items()}, shapes)
             for name, parameter in own.items():
                 parameter.copy_(file.get_tensor(name))

@@ -36,7 +36,7 @@ def policy_loss(
         shape = (head.draws, len(mixture.horizons), target.actions.shape[1])
         noise = draws.normal(shape, draws.generator(purpose=2)).to(target.actions.device)
     prediction = predictor(corrupted.state, corrupted.time, noise)
-    entries = target.valid.sum(1).float() * target.dim_mask.sum(1)
+    entries = target.entries()
     errors = head.errors(prediction.out, corrupted.answer)
     main = batch_mean(chunk_mean(errors, corrupted.asked), entries)
     parts: dict[str, Tensor] = {head.error_name: main} | head.penalties(prediction.out, corrupted)

@@ -9,19 +9,25 @@ infer(observation)    both, for the runtime: `vla.types.Policy`
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vla import lora
 from vla import tokenizer as tokenizers
+from vla.action_tokens import load as action_tokenizers
+from vla.action_tokens.base import ActionTokenizer, ChunkShape
 from vla.backbones.base import Backbone
 from vla.backbones.build import new_backbone
 from vla.batch import Batch
 from vla.cache import PrefixCache
+from vla.chunk_tokens import ChunkTokens
 from vla.codec import Codec
 from vla.conditions import Conditions, Steering
 from vla.denoiser import Denoiser, Guided, Predictor
+from vla.engine.current import Current
 from vla.expert import ActionExpert, Context
 from vla.fresh import Fresh, FreshInputs
 from vla.heads.base import Draws, Target
@@ -40,7 +46,13 @@ from vla.types import ActionChunk, ActionSpec, Observation, UnderWay
 class VLAPolicy(nn.Module):
     """Implements `vla.types.Policy`; composed of parts that know nothing of one another's insides."""
 
-    def __init__(self, config: PolicyConfig, backbone: Backbone, processor: Processor) -> None:
+    def __init__(
+        self,
+        config: PolicyConfig,
+        backbone: Backbone,
+        processor: Processor,
+        chunk_tokenizer: ActionTokenizer | None,
+    ) -> None:
         super().__init__()
         width = config.expert.width
         self.config, self.processor = config, processor
@@ -50,7 +62,13 @@ class VLAPolicy(nn.Module):
         self.conditions = Conditions(config.conditions, config.fast_slow, width)
         self.gate = HorizonGate(config.mixture, width) if config.mixture else None
         self.head = make_head(config, processor.codec.action_spec.dim)
+        self.chunk_tokens = None if chunk_tokenizer is None else ChunkTokens(chunk_tokenizer, backbone.width)
+        if config.lora is not None:
+            lora.put_in(self.adaptable(), config.lora)
+            backbone.freeze_unused()
         self._generator = torch.Generator()
+        self._engine = Current()
+        self.mode = 0  # the behaviour of the chunks that are asked for: forward, unless tasks are being switched
 
     @classmethod
     def build(cls, config: PolicyConfig, statistics: Statistics, seed: int) -> "VLAPolicy":
@@ -62,15 +80,25 @@ class VLAPolicy(nn.Module):
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone, tokenizer = new_backbone(config.backbone, config.image_size)
-            return cls.compose(config, statistics, backbone, tokenizer)
+            backbone, tokenizer = new_backbone(config.backbone, config.image_size, config.reads)
+            folder = Path(config.token_loss.tokenizer) if config.token_loss else None
+            return cls.compose(config, statistics, backbone, tokenizer, folder)
 
     @classmethod
     def compose(
-        cls, config: PolicyConfig, statistics: Statistics, backbone: Backbone, tokenizer: tokenizers.Tokenizer
+        cls,
+        config: PolicyConfig,
+        statistics: Statistics,
+        backbone: Backbone,
+        tokenizer: tokenizers.Tokenizer,
+        chunk_tokenizer: Path | None = None,
     ) -> "VLAPolicy":
+        """A policy of these parts; `chunk_tokenizer` is the folder that `config.token_loss` needs, or None."""
         codec = Codec(statistics, config.normalization, config.state_dim, config.action_dim)
-        return cls(config, backbone, Processor(config, tokenizer, codec))
+        spec = codec.action_spec
+        shape = ChunkShape(config.chunk, spec.dim, spec.rate_hz, config.normalization)
+        tokens = None if chunk_tokenizer is None else action_tokenizers.load(chunk_tokenizer, shape)
+        return cls(config, backbone, Processor(config, tokenizer, codec), tokens)
 
     @property
     def action_spec(self) -> ActionSpec:
@@ -88,10 +116,15 @@ class VLAPolicy(nn.Module):
     def device(self) -> torch.device:
         return next(self.expert.parameters()).device
 
+    def adaptable(self) -> dict[str, nn.Module]:
+        """Parts that can be given low-rank adapters."""
+        return self.backbone.parts() | {"expert": self.expert}
+
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trainable parameters by part: "vision", "connector", "text", "expert"."""
         parts: dict[str, Sequence[nn.Module]] = {k: [v] for k, v in self.backbone.parts().items()}
-        parts["expert"] = [self.expert, self.fresh, self.conditions, self.head, *([self.gate] if self.gate else [])]
+        own = (self.expert, self.fresh, self.conditions, self.head, self.gate, self.chunk_tokens)
+        parts["expert"] = [part for part in own if part is not None]
         groups = {k: [p for m in modules for p in m.parameters() if p.requires_grad] for k, modules in parts.items()}
         return {k: v for k, v in groups.items() if v}
 
@@ -104,9 +137,18 @@ class VLAPolicy(nn.Module):
         cache = self.encode(batch.images, batch.image_mask, batch.tokens, batch.token_mask)
         if self.config.fast_slow is not None:
             cache = cache.select(batch.observation)
-        fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, Steering(age=batch.age))
-        denoiser = self.denoiser(self.context(cache, fresh), fresh.steering, self.head.draws)
         target = Target(actions=batch.actions, valid=batch.valid, dim_mask=batch.dim_mask)
+        slow = self.config.token_loss
+        if slow is None or self.chunk_tokens is None:
+            return self._head_loss(cache, batch, target)
+        fast = self._head_loss(cache.detach() if slow.backbone_learns_from == "tokens" else cache, batch, target)
+        actions = batch.actions[..., : self.action_spec.dim]
+        named = slow.weight * self.chunk_tokens.loss(self.backbone, cache, actions, batch.valid, target.entries())
+        return LossOut(total=fast.total + named, terms=fast.terms | {"chunk_tokens": named.detach()})
+
+    def _head_loss(self, cache: PrefixCache, batch: Batch, target: Target) -> LossOut:
+        fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, Steering(batch.age, batch.mode))
+        denoiser = self.denoiser(self.context(cache, fresh), fresh.steering, self.head.draws)
         draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
         return policy_loss(
             self.head, denoiser, target, draws, committed=self.config.committed, mixture=self.config.mixture
@@ -118,12 +160,17 @@ class VLAPolicy(nn.Module):
 
     def context(self, cache: PrefixCache, fresh: Fresh) -> Context:
         """Cache and fresh inputs of as many rows -> what the action tokens attend to."""
-        token = self.fresh.prefix_token(fresh)
-        if token is not None:  # exact: images and text do not see the state, so their keys and values stay
-            alone = torch.ones(1, 1, dtype=torch.bool, device=token.device)
-            cache, _ = self.backbone.extend(cache, token, alone, alone.expand(cache.batch, 1))
         tokens = self.fresh.tokens(fresh)
-        return self.expert.context(cache, tokens, self.head.fresh_condition(tokens))
+        return self.expert.context(self._with_state(cache, fresh), tokens, self.head.fresh_condition(tokens))
+
+    def _with_state(self, cache: PrefixCache, fresh: Fresh) -> PrefixCache:
+        """The cache with the state's token behind it, if it belongs there."""
+        token = self.fresh.prefix_token(fresh)
+        if token is None:
+            return cache
+        # exact: images and text do not see the state, so their keys and values stay
+        alone = torch.ones(1, 1, dtype=torch.bool, device=token.device)
+        return self.backbone.extend(cache, token, alone, alone.expand(cache.batch, 1))[0]
 
     def denoiser(self, context: Context, steering: Steering, groups: int) -> Denoiser:
         """The network for `groups` chunks of each row of the context."""
@@ -145,11 +192,21 @@ class VLAPolicy(nn.Module):
         """Fast path: n chunks for each entry, (B, n, H, A) in model units, on one shared prefix.
 
         From the same generator state the first m of n samples are the m samples of a call with n = m.
+
+        In eval mode `vla.engine` does it, and equals the plain path to rounding; the plain path does it in training
+        mode, and what the engine does not cover: guidance of either kind, other number formats than float32.
         """
+        shape = (cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim)
+        if guidance is None and not self.training and not self._contrasts:
+            engine = self._engine.of(self.head, self.expert, self.gate, self.action_spec.dim)
+            if engine is not None:
+                condition = self.conditions(self._intended(fresh.steering, cache.batch, n), cache.batch, n)
+                tokens, seen = self.fresh.tokens(fresh), self._with_state(cache, fresh)
+                return engine.sample(cache, seen, tokens, condition, shape, generator, committed)
         return sample(
             self.head,
             self._predictor(self.context(cache, fresh), fresh.steering, n),
-            (cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim),
+            shape,
             generator,
             self.device,
             real_dim=self.action_spec.dim,
@@ -157,15 +214,24 @@ class VLAPolicy(nn.Module):
             guidance=guidance,
         )
 
-    def _predictor(self, context: Context, steering: Steering, n: int) -> Predictor:
+    @property
+    def _contrasts(self) -> bool:
+        """Whether sampling is guided away from what the policy does without an intent."""
+        settings = self.config.conditions
+        return settings is not None and settings.intent >= 0 and settings.scale != 1
+
+    def _intended(self, steering: Steering, rows: int, n: int) -> Steering:
         settings = self.config.conditions
         if settings is None or settings.intent < 0:
+            return steering
+        return replace(steering, intent=torch.full((rows, n), settings.intent, device=self.device))
+
+    def _predictor(self, context: Context, steering: Steering, n: int) -> Predictor:
+        settings, steering = self.config.conditions, self._intended(steering, context.valid.shape[0], n)
+        if settings is None or steering.intent is None or not self._contrasts:
             return self.denoiser(context, steering, n)
-        intent = torch.full((context.valid.shape[0], n), settings.intent, device=self.device)
-        if settings.scale == 1:
-            return self.denoiser(context, replace(steering, intent=intent), n)
-        both = replace(steering, intent=torch.cat((torch.full_like(intent, -1), intent), dim=1))
-        return Guided(self.head, self.denoiser(context, both, 2 * n), settings.scale)
+        both = torch.cat((torch.full_like(steering.intent, -1), steering.intent), dim=1)
+        return Guided(self.head, self.denoiser(context, replace(steering, intent=both), 2 * n), settings.scale)
 
     @torch.no_grad()
     def encode_observation(self, observation: Observation) -> PrefixCache:
@@ -213,7 +279,7 @@ class VLAPolicy(nn.Module):
             state=self._tensor(self.processor.codec.encode_state(observation.state))[None],
             images=self._tensor(images)[None],
             image_mask=self._tensor(present)[None],
-            steering=Steering(age=torch.tensor([float(age)], device=self.device)),
+            steering=Steering(*(torch.tensor([given], device=self.device) for given in (float(age), self.mode))),
         )
 
     def _continuation(self, under_way: UnderWay | None) -> tuple[Committed | None, Guidance | None]:

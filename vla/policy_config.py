@@ -98,6 +98,32 @@ class ConditionConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021) in place of training whole matrices."""
+
+    rank: int
+    alpha: float  # the adapters' output is scaled by alpha / rank
+    dropout: float
+    parts: tuple[Literal["vision", "text", "expert"], ...]  # whose matrices get adapters; their own weights stay still
+    targets: tuple[str, ...]  # last names of those matrices, e.g. q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.parts or not self.targets or not 0 <= self.dropout < 1:
+            raise UsageError(
+                f"policy.lora needs rank >= 1, parts, targets and dropout in [0, 1), got {self}. Without: lora: null."
+            )
+
+
+@dataclass(frozen=True)
+class TokenLossConfig:
+    """The backbone itself learns to name each chunk in action tokens (pi0-FAST; knowledge insulation)."""
+
+    tokenizer: str  # folder of an action tokenizer, made by `vla-data tokenizer`; copied into every checkpoint
+    weight: float  # of this loss beside the head's
+    backbone_learns_from: Literal["tokens", "both"]  # tokens: the head's loss stops at the cache (insulation)
+
+
+@dataclass(frozen=True)
 class ContinuationConfig:
     """Real-time chunking: how a new chunk continues the one that is under way while it is computed."""
 
@@ -125,6 +151,8 @@ class PolicyConfig:
     mixture: MixtureConfig | None = None
     fast_slow: FastSlowConfig | None = None
     conditions: ConditionConfig | None = None
+    lora: LoraConfig | None = None
+    token_loss: TokenLossConfig | None = None
     continuation: ContinuationConfig | None = None  # null: every chunk begins anew
     committed: int = 0  # steps at most already under way when a chunk is asked for: trains their continuation
     past: int = 0  # steps before the observation that are predicted too (past-token prediction)
@@ -148,6 +176,11 @@ class PolicyConfig:
             )
         self._check_options()
 
+    @property
+    def reads(self) -> Literal["cache", "hidden"]:
+        """What the policy takes from its backbone: keys and values, or final hidden states too."""
+        return "hidden" if self.token_loss is not None else "cache"
+
     def _check_options(self) -> None:
         if self.mixture is not None and self.mixture.horizons[-1] != self.chunk:
             raise UsageError(
@@ -162,6 +195,14 @@ class PolicyConfig:
             raise UsageError(
                 f"policy.committed must be 0..{self.chunk - 1}, policy.past and policy.history 0 or more, "
                 f"got {self.committed}, {self.past} and {self.history}."
+            )
+        if self.token_loss is not None and self.fast_slow is not None:
+            raise UsageError("policy.token_loss and policy.fast_slow do not go together; set one to null.")
+        insulated = self.token_loss is not None and self.token_loss.backbone_learns_from == "tokens"
+        if insulated and self.state == "prefix":
+            raise UsageError(
+                "policy.token_loss.backbone_learns_from 'tokens' does not go with policy.state 'prefix': the state's "
+                "token is run through the backbone, and the head's loss with it. Take 'suffix' or 'prompt'."
             )
         if self.past and (self.mixture is not None or self.committed):
             raise UsageError("policy.past does not go together with policy.mixture or policy.committed; set one to 0.")

@@ -217,6 +217,17 @@ def check_realsense() -> Iterator[Finding]:
         )
 
 
+def check_lerobot_plugin() -> Iterator[Finding]:
+    name, outcome = "lerobot_policy_tandem", probes.run(probes.LEROBOT_PLUGIN)
+    if not outcome.error:
+        yield Finding(name, "ok", outcome.text)
+        return
+    absent = outcome.error.startswith(("importlib.metadata.PackageNotFoundError", "ModuleNotFoundError"))
+    text = "not installed" if absent else f"does not import: {outcome.error}"
+    lost = "our policy under LeRobot's own commands (docs/lerobot.md)"
+    yield Finding(name, "missing" if absent else "broken", text, lost, "bash scripts/setup")
+
+
 def check_resources() -> Iterator[Finding]:
     memory = probes.memory_gib()
     short = memory < NEEDS_MEMORY_GIB
@@ -240,6 +251,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_gpu,
     check_realtime,
     check_video,
+    check_lerobot_plugin,
     check_realsense,
     check_ros,
     check_resources,

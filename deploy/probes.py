@@ -49,6 +49,21 @@ from torchcodec.decoders import VideoDecoder
 print(importlib.metadata.version("torchcodec"))
 """
 
+# LeRobot only logs a plugin that fails, and then knows no policy of that name: this fails aloud.
+LEROBOT_PLUGIN = """
+import importlib.metadata, warnings
+warnings.simplefilter("ignore")
+found = importlib.metadata.distribution("lerobot_policy_tandem")
+name = found.metadata["Name"]
+if not name.startswith("lerobot_policy_"):
+    raise SystemExit(f"installed as {name!r}, which LeRobot does not look for")
+import lerobot_policy_tandem
+from lerobot.configs import PreTrainedConfig
+from lerobot.envs import EnvConfig
+assert "tandem" in PreTrainedConfig.get_known_choices() and "tandem" in EnvConfig.get_known_choices()
+print(found.version)
+"""
+
 
 @dataclass(frozen=True)
 class Outcome:

@@ -127,5 +127,36 @@ def test_only_a_gap_in_what_the_main_job_needs_stops_it(capsys: pytest.CaptureFi
     assert [f.name for f in findings if f.stops_main_job] == ["torch"]
 
 
+@pytest.mark.parametrize(
+    ("module", "name", "state", "found"),
+    [
+        ("", None, "missing", "not installed"),
+        ("1 / 0", "lerobot_policy_tandem", "broken", "does not import: ZeroDivisionError: division by zero"),
+        ("", "lerobot-policy-tandem", "broken", "installed as 'lerobot-policy-tandem', which LeRobot does not look"),
+    ],
+)
+def test_a_plugin_that_lerobot_would_silently_leave_out_is_found(
+    module: str, name: str | None, state: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{probes.LEROBOT_PLUGIN}"
+    if name:
+        install(tmp_path, name, "lerobot_policy_tandem.py")
+        (tmp_path / "lerobot_policy_tandem.py").write_text(module)
+    else:
+        code = code.replace('distribution("lerobot_policy_tandem")', 'distribution("lerobot_policy_nowhere")')
+    monkeypatch.setattr(probes, "LEROBOT_PLUGIN", code)
+    (finding,) = doctor.check_lerobot_plugin()
+    assert finding.state == state, finding
+    assert found in finding.found
+    assert finding.get == "bash scripts/setup"
+    assert not finding.stops_main_job
+
+
+@pytest.mark.slow
+def test_the_plugin_is_imported_aloud() -> None:
+    (finding,) = doctor.check_lerobot_plugin()
+    assert (finding.state, finding.found) == ("ok", "0.1.0"), finding
+
+
 def test_memory_is_plausible() -> None:
     assert 0.01 < probes.memory_gib() < 100_000

@@ -15,15 +15,16 @@ from lerobot.envs import EnvConfig
 from lerobot.envs.utils import freeze_after_episode_end
 from lerobot.utils.constants import ACTION, OBS_IMAGES, OBS_STATE
 
-from robot.registry import MetaWorldConfig, PointArmConfig, RobotConfig, make_robot
+from robot.registry import MetaWorldConfig, PointArmConfig, SceneConfig, make_robot
 from vla import config as settings
+from vla.types import ActionSpec
 
 
 @dataclass(frozen=True)
 class _Choice:
     """As an evaluation's `robot` block."""
 
-    robot: RobotConfig
+    robot: SceneConfig
 
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -97,11 +98,10 @@ class RobotEnvironment(gym.Env):
         self.observation_space = gym.spaces.Dict(
             {
                 "pixels": gym.spaces.Dict(dict.fromkeys(self._robot.cameras, picture)),
-                "agent_pos": gym.spaces.Box(-np.inf, np.inf, (self._robot.state_spec.dim,), np.float32),
+                "agent_pos": _box(self._robot.state_spec),
             }
         )
-        action = self._robot.action_spec
-        self.action_space = gym.spaces.Box(np.array(action.low, np.float32), np.array(action.high, np.float32))
+        self.action_space = _box(self._robot.action_spec)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -127,3 +127,7 @@ class RobotEnvironment(gym.Env):
     def _observation(self) -> dict[str, Any]:
         seen = self._robot.observe()
         return {"pixels": {k: np.array(v) for k, v in seen.images.items()}, "agent_pos": np.array(seen.state)}
+
+
+def _box(spec: ActionSpec) -> gym.spaces.Box:
+    return gym.spaces.Box(np.array(spec.low, np.float32), np.array(spec.high, np.float32))

@@ -135,11 +135,8 @@ class ActionExpert(nn.Module):
             fresh: (B, F, W), F may be 0.
             cond: (B, F, W) condition of the fresh tokens, with norm 'adarms'.
         """
-        first, count = self.config.first_position, fresh.shape[1]
-        start = cache.next_position if first is None else torch.full_like(cache.next_position, first)
-        positions = start[:, None] + torch.arange(count, device=fresh.device)
-        own = fresh.new_ones(count, count, dtype=torch.bool)
-        layout = self._layout(cache.valid, cache.valid.shape[1], positions, own)
+        start, count = self.first_position(cache), fresh.shape[1]
+        layout = self.fresh_layout(cache.valid, start, count)
         pairs = []
         for layer, tap in zip(self.layers, self.taps, strict=True):
             assert isinstance(layer, JointLayer | CrossLayer)
@@ -155,6 +152,16 @@ class ActionExpert(nn.Module):
             prefix_len=cache.valid.shape[1],
             next_position=start + count,
         )
+
+    def first_position(self, cache: PrefixCache) -> Tensor:
+        """(B,) int64, rotary position of the first fresh token."""
+        first = self.config.first_position
+        return cache.next_position if first is None else torch.full_like(cache.next_position, first)
+
+    def fresh_layout(self, valid: Tensor, start: Tensor, count: int) -> Layout:
+        """Masks and positions of `count` fresh tokens behind a prefix `valid` (B, P); they see it and one another."""
+        positions = start[:, None] + torch.arange(count, device=valid.device)
+        return self._layout(valid, valid.shape[1], positions, valid.new_ones(count, count))
 
     def layout(self, context: Context, lengths: Sequence[int]) -> Layout:
         """Masks and positions for blocks of `lengths` tokens side by side; constant over the denoising loop."""

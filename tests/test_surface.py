@@ -25,7 +25,7 @@ YAML_CLASS = {  # pattern -> where its dataclass is; the first that fits counts
 
 SEAMS = {  # fields that other people's code and files rely on: a change here changes the interface
     "ActionSpec": "names units reference low high rate_hz rotation gripper",
-    "Observation": "stamp_s images state instruction",
+    "Observation": "stamp_s images state instruction history executed",
     "ActionChunk": "stamp_s period_s actions execute diagnostics",
     "Verdict": "decision command rule",
     "Result": "suite task instruction seed success steps first_success_step chunks latency_ms wall_s policy "

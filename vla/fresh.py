@@ -1,6 +1,6 @@
-"""What the fast path adds to the cache: the newest state, and pictures if it looks for itself.
+"""What the fast path adds to the cache: the newest state, those before it, and pictures if it looks for itself.
 
-Axes: B batch, F fresh tokens, S state dims, Vf fast cameras, W expert width, E backbone width.
+Axes: B batch, F fresh tokens, S state dims, p earlier states, Vf fast cameras, W expert width, E backbone width.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +23,7 @@ class Fresh:
     images: Tensor | None = None  # (B, Vf, h, w, 3) uint8 RGB
     image_mask: Tensor | None = None  # (B, Vf) bool
     steering: Steering = field(default_factory=Steering)
+    history: Tensor | None = None  # (B, p, S) float32, the states before, oldest first
 
 
 class FastImages(nn.Module):
@@ -54,6 +55,7 @@ class FreshInputs(nn.Module):
         widths = {"suffix": config.expert.width, "prefix": prefix_width}
         self.state = config.state
         self.state_proj = nn.Linear(config.state_dim, widths[config.state]) if config.state in widths else None
+        self.history_position = nn.Parameter(torch.zeros(config.history, widths["suffix"])) if config.history else None
         cameras = len(config.fast_slow.cameras) if config.fast_slow else 0
         self.width = config.expert.width
         self.fast_images = FastImages(cameras, config.expert.width) if cameras else None
@@ -61,8 +63,11 @@ class FreshInputs(nn.Module):
     def tokens(self, fresh: Fresh) -> Tensor:
         """(B, F, W); F may be 0."""
         parts = [fresh.state.new_zeros(len(fresh.state), 0, self.width)]
+        if self.history_position is not None:
+            assert fresh.history is not None
+            parts.append(self._project(fresh.history) + self.history_position)
         if self.state == "suffix":
-            parts.append(self._project(fresh.state))
+            parts.append(self._project(fresh.state[:, None]))
         if self.fast_images is not None:
             assert fresh.images is not None
             assert fresh.image_mask is not None
@@ -71,8 +76,8 @@ class FreshInputs(nn.Module):
 
     def prefix_token(self, fresh: Fresh) -> Tensor | None:
         """(B, 1, E) to be run through the backbone after images and text (SmolVLA), or None."""
-        return self._project(fresh.state) if self.state == "prefix" else None
+        return self._project(fresh.state[:, None]) if self.state == "prefix" else None
 
-    def _project(self, state: Tensor) -> Tensor:
+    def _project(self, states: Tensor) -> Tensor:
         assert self.state_proj is not None
-        return self.state_proj(state.to(self.state_proj.weight.dtype))[:, None]
+        return self.state_proj(states.to(self.state_proj.weight.dtype))

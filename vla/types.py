@@ -118,6 +118,10 @@ class Observation:
     images: Mapping[str, np.ndarray]  # camera name -> (H, W, 3) uint8 RGB, upright
     state: np.ndarray  # (S,) float32, units of the state's ActionSpec
     instruction: str
+    history: np.ndarray | None = None  # (p, S) float32, the states at the p control steps before, oldest first; the
+    # episode's first one repeats. None where nobody asked (`Recalling`)
+    executed: np.ndarray | None = None  # (p, A) float32, the commands sent at the p control steps before, oldest first;
+    # NaN where there was none: before the episode, or where the arm held. None where nobody asked
 
     def __post_init__(self) -> None:
         for name, image in self.images.items():
@@ -129,6 +133,13 @@ class Observation:
             raise TandemError(f"State must be a vector (S,), got shape {self.state.shape}.")
         object.__setattr__(self, "images", MappingProxyType({k: frozen(v) for k, v in self.images.items()}))
         object.__setattr__(self, "state", frozen(self.state))
+        for name in ("history", "executed"):
+            rows = getattr(self, name)
+            if rows is None:
+                continue
+            if rows.ndim != 2:
+                raise TandemError(f"Observation.{name} must be rows of vectors, got shape {rows.shape}.")
+            object.__setattr__(self, name, frozen(rows))
 
 
 @dataclass(frozen=True)
@@ -237,4 +248,19 @@ class Watcher(Protocol):
 
     def watch(self, observation: Observation) -> None:
         """Called once at each control step at which `infer` is not, in the order of time."""
+        ...
+
+
+@runtime_checkable
+class Recalling(Protocol):
+    """A policy that also wants what lies before an observation: `Observation.history` and `.executed`."""
+
+    @property
+    def history(self) -> int:
+        """States at the control steps before; 0: none. With more the runtime looks at every step."""
+        ...
+
+    @property
+    def past(self) -> int:
+        """Commands sent at the control steps before; 0: none."""
         ...

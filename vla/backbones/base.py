@@ -160,6 +160,7 @@ class Backbone(nn.Module, ABC):
         Returns:
             The cache with these tokens behind its own, and their final hidden states (B, M, E), normed.
         """
+        embeddings = embeddings.to(dtype_of(self.text))
         count, within = valid.shape[1], positions_of(valid)
         itself = torch.eye(count, dtype=torch.bool, device=valid.device)
         among = (own & valid[:, None, None, :]) | itself

@@ -338,7 +338,7 @@ def test_a_policy_acts_by_it(policies: SimpleNamespace, kind: str) -> None:
             chunks[training, state] = policy.sample_n(seen(policies, state), 2, cache, under_way)
     for state in (0.5, -0.5):
         np.testing.assert_allclose(chunks[False, state], chunks[True, state], atol=5e-5)
-    by_engine = policy._engine._engine is not None
+    by_engine = policy._fast.engine._engine is not None
     assert by_engine == (not kind.startswith("guided")), "guidance is the plain path's"
     assert (np.abs(chunks[False, 0.5] - chunks[False, -0.5]).max() > 1e-4) == (kind != "none"), "the state is fresh"
 

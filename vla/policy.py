@@ -26,19 +26,19 @@ from vla.cache import PrefixCache
 from vla.chunk_tokens import ChunkTokens
 from vla.codec import Codec
 from vla.conditions import Conditions, Steering
-from vla.denoiser import Denoiser, Guided, Predictor
-from vla.engine.current import Current
-from vla.expert import ActionExpert, Context
+from vla.expert import ActionExpert
+from vla.fast_path import FastPath
 from vla.fresh import Fresh, FreshInputs
 from vla.heads.base import Draws, Target
 from vla.heads.build import make_head
 from vla.horizons import HorizonGate, consensus
 from vla.losses import LossOut
 from vla.objective import policy_loss
+from vla.observed import continuation, fresh_inputs, slow_inputs
 from vla.policy_config import PolicyConfig
 from vla.processor import Processor
-from vla.rtc import Committed, Guidance, prefix_weights
-from vla.sampling import Sampled, sample
+from vla.rtc import Committed, Guidance
+from vla.sampling import Sampled
 from vla.stats import Statistics
 from vla.types import ActionChunk, ActionSpec, Observation, UnderWay
 
@@ -67,7 +67,16 @@ class VLAPolicy(nn.Module):
             lora.put_in(self.adaptable(), config.lora)
             backbone.freeze_unused()
         self._generator = torch.Generator()
-        self._engine = Current()
+        self._fast = FastPath(
+            config,
+            backbone,
+            self.fresh,
+            self.conditions,
+            self.expert,
+            self.gate,
+            self.head,
+            real_dim=self.action_spec.dim,
+        )
         self.mode = 0  # the behaviour of the chunks that are asked for: forward, unless tasks are being switched
 
     @classmethod
@@ -113,6 +122,11 @@ class VLAPolicy(nn.Module):
         return self.config.cameras
 
     @property
+    def history(self) -> int:
+        """States before the observation that it wants in `Observation.history`."""
+        return self.config.history
+
+    @property
     def device(self) -> torch.device:
         return next(self.expert.parameters()).device
 
@@ -147,8 +161,9 @@ class VLAPolicy(nn.Module):
         return LossOut(total=fast.total + named, terms=fast.terms | {"chunk_tokens": named.detach()})
 
     def _head_loss(self, cache: PrefixCache, batch: Batch, target: Target) -> LossOut:
-        fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, Steering(batch.age, batch.mode))
-        denoiser = self.denoiser(self.context(cache, fresh), fresh.steering, self.head.draws)
+        steering = Steering(batch.age, batch.mode)
+        fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, steering, batch.history)
+        denoiser = self._fast.denoiser(cache, fresh, self.head.draws)
         draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
         return policy_loss(
             self.head, denoiser, target, draws, committed=self.config.committed, mixture=self.config.mixture
@@ -157,26 +172,6 @@ class VLAPolicy(nn.Module):
     def encode(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> PrefixCache:
         """Slow path; arguments as `Batch`."""
         return self.backbone.encode(images, image_mask, tokens, token_mask)
-
-    def context(self, cache: PrefixCache, fresh: Fresh) -> Context:
-        """Cache and fresh inputs of as many rows -> what the action tokens attend to."""
-        tokens = self.fresh.tokens(fresh)
-        return self.expert.context(self._with_state(cache, fresh), tokens, self.head.fresh_condition(tokens))
-
-    def _with_state(self, cache: PrefixCache, fresh: Fresh) -> PrefixCache:
-        """The cache with the state's token behind it, if it belongs there."""
-        token = self.fresh.prefix_token(fresh)
-        if token is None:
-            return cache
-        # exact: images and text do not see the state, so their keys and values stay
-        alone = torch.ones(1, 1, dtype=torch.bool, device=token.device)
-        return self.backbone.extend(cache, token, alone, alone.expand(cache.batch, 1))[0]
-
-    def denoiser(self, context: Context, steering: Steering, groups: int) -> Denoiser:
-        """The network for `groups` chunks of each row of the context."""
-        condition = self.conditions(steering, context.valid.shape[0], groups)
-        steps = self.config.past + self.config.chunk
-        return Denoiser(self.head, self.expert, self.gate, context, groups, steps, condition)
 
     @torch.no_grad()
     def sample(
@@ -191,60 +186,15 @@ class VLAPolicy(nn.Module):
     ) -> Sampled:
         """Fast path: n chunks for each entry, (B, n, H, A) in model units, on one shared prefix.
 
-        From the same generator state the first m of n samples are the m samples of a call with n = m.
-
-        In eval mode `vla.engine` does it, and equals the plain path to rounding; the plain path does it in training
-        mode, and what the engine does not cover: guidance of either kind, other number formats than float32.
+        From the same generator state the first m of n samples are the m samples of a call with n = m. In eval mode
+        this is `vla.engine`, with guidance or in training mode the plain path (`vla.fast_path`).
         """
-        shape = (cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim)
-        if guidance is None and not self.training and not self._contrasts:
-            engine = self._engine.of(self.head, self.expert, self.gate, self.action_spec.dim)
-            if engine is not None:
-                condition = self.conditions(self._intended(fresh.steering, cache.batch, n), cache.batch, n)
-                tokens, seen = self.fresh.tokens(fresh), self._with_state(cache, fresh)
-                return engine.sample(cache, seen, tokens, condition, shape, generator, committed)
-        return sample(
-            self.head,
-            self._predictor(self.context(cache, fresh), fresh.steering, n),
-            shape,
-            generator,
-            self.device,
-            real_dim=self.action_spec.dim,
-            committed=committed,
-            guidance=guidance,
-        )
-
-    @property
-    def _contrasts(self) -> bool:
-        """Whether sampling is guided away from what the policy does without an intent."""
-        settings = self.config.conditions
-        return settings is not None and settings.intent >= 0 and settings.scale != 1
-
-    def _intended(self, steering: Steering, rows: int, n: int) -> Steering:
-        settings = self.config.conditions
-        if settings is None or settings.intent < 0:
-            return steering
-        return replace(steering, intent=torch.full((rows, n), settings.intent, device=self.device))
-
-    def _predictor(self, context: Context, steering: Steering, n: int) -> Predictor:
-        settings, steering = self.config.conditions, self._intended(steering, context.valid.shape[0], n)
-        if settings is None or steering.intent is None or not self._contrasts:
-            return self.denoiser(context, steering, n)
-        both = torch.cat((torch.full_like(steering.intent, -1), steering.intent), dim=1)
-        return Guided(self.head, self.denoiser(context, replace(steering, intent=both), 2 * n), settings.scale)
+        return self._fast.sample(cache, fresh, n, generator, committed, guidance)
 
     @torch.no_grad()
     def encode_observation(self, observation: Observation) -> PrefixCache:
         """One observation -> a cache of batch 1 that carries its capture time."""
-        images, present = self.processor.images(observation.images)
-        ids, mask = self.processor.text(observation.instruction, observation.state)
-        count = int(mask.sum())  # padding is not computed
-        cache = self.encode(
-            self._tensor(images)[None],
-            self._tensor(present)[None],
-            self._tensor(ids[:count])[None],
-            self._tensor(mask[:count])[None],
-        )
+        cache = self.encode(*slow_inputs(self.processor, observation, self.device))
         return replace(cache, stamp_s=observation.stamp_s)
 
     def sample_n(
@@ -264,36 +214,19 @@ class VLAPolicy(nn.Module):
         return self._physical(self._draw(cache, observation, n, under_way))
 
     def _draw(self, cache: PrefixCache, observation: Observation, n: int, under_way: UnderWay | None) -> Sampled:
-        committed, guidance = self._continuation(under_way)
-        fresh = self._fresh(observation, cache)
+        committed, guidance = continuation(self.config, self.processor, under_way, self.device)
+        fresh = self.fresh_inputs(observation, cache)
         return self.sample(cache, fresh, n, self._generator, committed=committed, guidance=guidance)
 
     def _physical(self, sampled: Sampled) -> np.ndarray:
         """The chunks (n, H, A) of the one row."""
         return self.processor.codec.decode_actions(sampled.actions[0].float().cpu().numpy())
 
-    def _fresh(self, observation: Observation, cache: PrefixCache) -> Fresh:
-        images, present = self.processor.fast_images(observation.images)
+    def fresh_inputs(self, observation: Observation, cache: PrefixCache) -> Fresh:
+        """What the fast path takes of an observation; `cache` may be of an earlier one."""
         age = round((observation.stamp_s - cache.stamp_s) * self.action_spec.rate_hz)
-        return Fresh(
-            state=self._tensor(self.processor.codec.encode_state(observation.state))[None],
-            images=self._tensor(images)[None],
-            image_mask=self._tensor(present)[None],
-            steering=Steering(*(torch.tensor([given], device=self.device) for given in (float(age), self.mode))),
-        )
-
-    def _continuation(self, under_way: UnderWay | None) -> tuple[Committed | None, Guidance | None]:
-        settings = self.config.continuation
-        if settings is None or under_way is None or not len(under_way.actions):
-            return None, None
-        chunk = self.config.chunk
-        rows = self.processor.codec.encode_actions(under_way.actions[:chunk])
-        actions = self._tensor(np.pad(rows, ((0, chunk - len(rows)), (0, 0))))[None]
-        fixed = min(under_way.fixed, chunk - 1)
-        if settings.method == "trained":
-            return Committed(actions, torch.tensor([fixed], device=self.device)), None
-        weights = prefix_weights(fixed, len(rows), chunk, settings.schedule).to(self.device)
-        return None, Guidance(actions, weights, settings.strength, settings.method)
+        steering = Steering(*(torch.tensor([given], device=self.device) for given in (float(age), self.mode)))
+        return fresh_inputs(self.processor, observation, steering, self.device)
 
     def reset(self, seed: int) -> None:
         self._generator.manual_seed(seed)
@@ -324,6 +257,3 @@ class VLAPolicy(nn.Module):
             execute=execute,
             diagnostics=diagnostics,
         )
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

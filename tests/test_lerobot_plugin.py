@@ -226,9 +226,9 @@ def test_a_new_policy_needs_a_data_set() -> None:
 # --- training --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_the_loss_is_that_of_our_own_loader(head: str, data: LeRobotDataset, video_recipe: Recipe) -> None:
-    policy = trained(data, *HEADS[head])
+@pytest.mark.parametrize(("head", "block"), [*((h, "execute=4") for h in HEADS), ("flow", "state=prompt")])
+def test_the_loss_is_that_of_our_own_loader(head: str, block: str, data: LeRobotDataset, video_recipe: Recipe) -> None:
+    policy = trained(data, *HEADS[head], block, "max_tokens=96")
     model = policy.model
     source = LeRobotSource(video_recipe, 8, "train")
     statistics = compute([source])

@@ -27,6 +27,7 @@ from vla.errors import UsageError, choose_from
 from vla.policy import VLAPolicy
 from vla.policy_config import ContinuationConfig, PolicyConfig
 from vla.rtc import Schedule
+from vla.switching import FORWARD
 from vla.types import ActionChunk, Observation, UnderWay
 
 PREFIX = "model."  # of our weights' names inside this class
@@ -191,6 +192,7 @@ class TandemPolicy(PreTrainedPolicy):
             "valid": np.ones(actions.shape[:2], bool) if pad is None else ~pad.cpu().numpy(),
             "dim_mask": np.repeat(codec.dim_mask()[None], count, axis=0),
             "rows": np.arange(count),
+            "mode": np.full(count, FORWARD),
         }
         tensors = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in arrays.items()}
         whole = Batch(**tensors, global_size=count, noise_seed=_noise_seed(batch), loss_scale=1.0)

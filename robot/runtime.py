@@ -40,9 +40,7 @@ class Episode:
     success: bool
     steps: int  # control steps executed, held ones included
     first_success_step: int | None
-    commands: tuple[
-        np.ndarray | None, ...
-    ]  # (steps,) of (A,) float32; None where the arm held
+    commands: tuple[np.ndarray | None, ...]  # (steps,) of (A,) float32; None where the arm held
     latency_ms: tuple[float, ...]  # (chunks,), wall time of each policy call
     overruns: int  # control ticks missed; 0 in lock-step
     verdicts: Mapping[str, int]  # "pass" or "<decision>:<rule>" -> how often
@@ -75,12 +73,8 @@ def connect(robot: Robot, policy: Policy) -> None:
         SpecMismatch: an ActionSpec differs; both values of each differing field are printed.
         TandemError: the policy wants a camera that the robot does not have.
     """
-    require_same(
-        policy.action_spec, robot.action_spec, "action of the policy and of the robot"
-    )
-    require_same(
-        policy.state_spec, robot.state_spec, "state of the policy and of the robot"
-    )
+    require_same(policy.action_spec, robot.action_spec, "action of the policy and of the robot")
+    require_same(policy.state_spec, robot.state_spec, "state of the policy and of the robot")
     missing = [name for name in policy.cameras if name not in robot.cameras]
     if missing:
         raise TandemError(
@@ -131,11 +125,7 @@ def run_episode(
 
 
 def _drive(
-    robot: SimulatedRobot,
-    policy: Policy,
-    clock: Clock,
-    log: _Log,
-    episode: tuple[str, int, str | None],
+    robot: SimulatedRobot, policy: Policy, clock: Clock, log: _Log, episode: tuple[str, int, str | None]
 ) -> None:
     task, seed, told = episode
     given = robot.reset(task, seed)
@@ -144,17 +134,13 @@ def _drive(
         _guard(lambda: policy.reset(seed))
         log.recall = _guard(lambda: Recall.of(policy))
         chunk = _ask(robot, policy, clock, log)
-        rate = Rate(
-            clock, robot.action_spec.rate_hz
-        )  # time starts when there is something to do
+        rate = Rate(clock, robot.action_spec.rate_hz)  # time starts when there is something to do
         plan, began_s = chunks.insert(chunks.Plan(), chunk, rate.tick_s), rate.tick_s
         while not _ended(robot, log):
             if chunks.used_up(plan, rate.tick_s):
                 chunk = _ask(robot, policy, clock, log)
                 _hold_missed(robot, rate, log)
-                plan = chunks.insert(
-                    plan, chunk, rate.tick_s
-                )  # the arm held: row 0 is due now
+                plan = chunks.insert(plan, chunk, rate.tick_s)  # the arm held: row 0 is due now
             elif isinstance(policy, Watcher) and rate.tick_s > began_s:
                 _show(robot, policy, clock, log)
             elif log.recall.history and rate.tick_s > began_s:
@@ -203,9 +189,7 @@ def _look(robot: Robot, clock: Clock, log: _Log) -> Observation:
     on the loop's own clock, whichever clock the simulator stamped with.
     """
     stamp_s = clock.now()
-    seen = dataclasses.replace(
-        robot.observe(), stamp_s=stamp_s, instruction=log.instruction
-    )
+    seen = dataclasses.replace(robot.observe(), stamp_s=stamp_s, instruction=log.instruction)
     return log.recall.complete(seen, log.commands)
 
 
@@ -239,11 +223,7 @@ def _guard(call: Callable[[], T]) -> T:  # noqa: UP047 (Python 3.10 has no other
 
 
 def _describe(failure: BaseException) -> str:
-    return (
-        str(failure)
-        if isinstance(failure, TandemError)
-        else f"{type(failure).__name__}: {failure}"
-    )
+    return str(failure) if isinstance(failure, TandemError) else f"{type(failure).__name__}: {failure}"
 
 
 def _shown(chunk: object) -> str:

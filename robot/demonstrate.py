@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 
 from robot.journal import Episode, Journal
-from robot.registry import Demonstrator, RobotConfig, make_demonstrator, make_robot
-from robot.robot import SimulatedRobot
+from robot.registry import Demonstrator, SceneConfig, make_demonstrator, make_robot
+from robot.robot import FeelingRobot, SimulatedRobot
 from vla.errors import TandemError
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -42,7 +42,7 @@ class Attempt:
 class Settings:
     """What every attempt of a recording shares."""
 
-    robot: RobotConfig
+    robot: SceneConfig
     noise: float
     steps_after_success: int
     failures: Literal["leave_out", "keep"]
@@ -51,15 +51,19 @@ class Settings:
 
 def demonstrate(
     robot: SimulatedRobot, demonstrator: Demonstrator, attempt: Attempt, steps_after_success: int
-) -> tuple[Episode, bool]:
-    """One episode and whether it solved the task; it goes on for a few steps after that."""
+) -> tuple[Episode, bool, list[tuple[int, int]] | None]:
+    """One episode, whether it solved the task, and its spans of contact if the robot feels any.
+
+    It goes on for a few steps after success. A span is its first and its last frame in contact.
+    """
     instruction = robot.reset(attempt.task, attempt.seed)
     demonstrator.reset()
     rng = np.random.default_rng([attempt.seed, zlib.crc32(attempt.task.encode())])
-    observations, labels = [], []
+    observations, labels, touched = [], [], []
     left = steps_after_success
     for _ in range(robot.step_limit):
         observations.append(robot.observe())
+        touched.append(isinstance(robot, FeelingRobot) and robot.contact())
         executed, label = demonstrator.action(rng)
         labels.append(label)
         robot.command(executed)
@@ -73,7 +77,13 @@ def demonstrate(
         action=np.stack(labels),
         instruction=instruction,
     )
-    return episode, robot.success()
+    return episode, robot.success(), spans(touched) if isinstance(robot, FeelingRobot) else None
+
+
+def spans(touched: Sequence[bool]) -> list[tuple[int, int]]:
+    """(T,) -> first and last place of each run of True."""
+    edges = np.flatnonzero(np.diff(np.pad(np.asarray(touched, np.int8), 1)))
+    return [(int(first), int(after) - 1) for first, after in zip(edges[::2], edges[1::2], strict=True)]
 
 
 class Recorder:
@@ -89,7 +99,8 @@ class Recorder:
     def attempt(self, attempt: Attempt) -> dict[str, Any]:
         """Make one attempt and note it; returns its facts."""
         demonstrator = self._pushed if attempt.noisy else self._clean
-        episode, success = demonstrate(self._robot, demonstrator, attempt, self._settings.steps_after_success)
+        steps = self._settings.steps_after_success
+        episode, success, contacts = demonstrate(self._robot, demonstrator, attempt, steps)
         noise = self._settings.noise if attempt.noisy else 0.0
         facts = {
             "task": attempt.task,
@@ -98,7 +109,7 @@ class Recorder:
             "success": success,
             "noise": noise,
             "frames": len(episode.state),
-        }
+        } | ({} if contacts is None else {"contacts": contacts})
         wanted = success or self._settings.failures == "keep"
         self._journal.add(attempt.name, facts, episode if wanted else None)
         return facts

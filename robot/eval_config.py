@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from robot.registry import RobotConfig
+from robot.switching import SwitchingRun
 from vla import config as configs
 from vla.errors import UsageError, choose_from
 
@@ -42,6 +43,7 @@ class EvalConfig:
     timeout_s: float  # an episode that takes longer is ended and counted as an error
     films: Films
     output: Path
+    switching: SwitchingRun | None = None  # how a policy with behaviour modes leaves a task; null: it does not
 
     def __post_init__(self) -> None:
         for name in ("episodes", "workers", "threads"):
@@ -67,7 +69,8 @@ class EvalConfig:
     def deciding(self) -> dict[str, Any]:
         """What may change the outcome of an episode: results are continued, and compared, by its digest."""
         data = configs.to_data(self)
-        return {k: v for k, v in data.items() if k not in WITHOUT_EFFECT}
+        without = WITHOUT_EFFECT if self.switching else (*WITHOUT_EFFECT, "switching")  # older digests stay valid
+        return {k: v for k, v in data.items() if k not in without}
 
     def digest(self) -> str:
         return configs.digest(self.deciding())

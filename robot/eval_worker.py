@@ -18,7 +18,9 @@ from robot.policies import make_policy
 from robot.registry import make_robot
 from robot.robot import SimulatedRobot
 from robot.runtime import Episode, connect, run_episode
+from robot.switching import contact_of
 from vla.errors import TandemError
+from vla.switching_policy import SwitchingPolicy
 from vla.types import Policy, Result
 
 LINGER_S = 0.7  # how long a film shows its last frame
@@ -100,6 +102,8 @@ class Worker:
             self._robot = make_robot(self._config.robot)
         if self._policy is None:
             policy = make_policy(source.path, source.device, source.settings, self._config.robot, self._robot)
+            if (run := self._config.switching) is not None:
+                policy = SwitchingPolicy(policy, run.rules, contact_of(run.contact, self._robot))
             connect(self._robot, policy)
             self._policy = policy
         return self._robot, self._policy

@@ -208,8 +208,9 @@ def describe(rate: dict[str, Any], errors: int = 0) -> str:
 
 def show(config: EvalConfig, summary: dict[str, Any]) -> str:
     """The table that the command prints."""
-    width = max(len(name) for name in (*summary["tasks"], "overall"))
-    lines = [f"{name:{width}}  {describe(rate)}" for name, rate in summary["tasks"].items()]
+    shown = summary["tasks"] | {f"switch {when}": rate for when, rate in summary.get("switches", {}).items()}
+    width = max(len(name) for name in (*shown, "overall"))
+    lines = [f"{name:{width}}  {describe(rate)}" for name, rate in shown.items()]
     lines += [f"{'overall':{width}}  {describe(summary['overall'], summary['errors'])}  (95 % Wilson interval)"]
     ms, control = summary["latency_ms"], summary["control"]
     if ms["p50"] is not None:

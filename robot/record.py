@@ -19,7 +19,7 @@ from robot.dataset_writer import ACTION_KEY, STATE_KEY, EpisodeWriter, Layout, M
 from robot.demonstrate import Attempt, Crew, Settings
 from robot.journal import Journal, differences
 from robot.progress import Counter
-from robot.registry import ROBOTS, RobotConfig, make_robot
+from robot.registry import ROBOTS, SceneConfig, make_robot
 from vla import config as configs
 from vla.cli import config_main, require
 from vla.errors import TandemError
@@ -31,7 +31,7 @@ MOST_TRIES = 4  # attempts per episode wanted; an expert that fails more often i
 
 @dataclass(frozen=True)
 class RecordConfig:
-    robot: RobotConfig
+    robot: SceneConfig
     episodes_per_task: int
     first_seed: int  # seeds count up from here; every second attempt is noisy
     noise: float  # standard deviation of the pushes, in units of the action

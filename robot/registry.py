@@ -7,7 +7,8 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from robot.robot import SimulatedRobot
+from robot import switching
+from robot.robot import SharedScene, SimulatedRobot
 from robot.sims.metaworld import MetaWorld
 from robot.sims.metaworld_experts import Expert, ExpertPolicy
 from robot.sims.point_arm import PointArm, PointDemonstrator, PointExpert
@@ -31,7 +32,25 @@ class PointArmConfig:
     step_limit: int  # control steps (1/10 s) an episode may take
 
 
-RobotConfig = MetaWorldConfig | PointArmConfig
+SceneConfig = MetaWorldConfig | PointArmConfig
+
+
+@dataclass(frozen=True)
+class SwitchConfig:
+    """Episodes that begin with one task and are told another one in the middle; only the second counts."""
+
+    kind: Literal["switch"]
+    scene: SceneConfig
+    pairs: tuple[tuple[str, ...], ...]  # (first, second), tasks of `scene` that share a scene
+    switches: dict[str, int]  # name, such as early -> control step before which the second task is told
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """ "first+second@name"."""
+        return switching.names(self.pairs, self.switches)
+
+
+RobotConfig = MetaWorldConfig | PointArmConfig | SwitchConfig
 
 
 class Demonstrator(Protocol):
@@ -67,15 +86,26 @@ def make_robot(config: RobotConfig, clock: Callable[[], float] = time.monotonic)
         UsageError: a task or a number that the robot does not accept.
         MissingDependency: its simulator is not installed.
     """
+    if isinstance(config, SwitchConfig):
+        scene = make_robot(config.scene, clock)
+        return switching.Switched(_shared(scene), config.pairs, config.switches, config.scene.step_limit)
     options = {k: v for k, v in vars(config).items() if k != "kind"}
     return ROBOTS[config.kind].make(**options, clock=clock)
 
 
-def make_demonstrator(config: RobotConfig, robot: SimulatedRobot, noise: float) -> Demonstrator:
+def make_demonstrator(config: SceneConfig, robot: SimulatedRobot, noise: float) -> Demonstrator:
     """Who shows the tasks of `robot`; `noise` pushes it off the ideal path (see the class)."""
     return ROBOTS[config.kind].demonstrator(robot, noise)
 
 
 def make_expert(config: RobotConfig, robot: SimulatedRobot) -> Policy:
     """The demonstrator as a policy, for comparison."""
+    if isinstance(config, SwitchConfig):
+        assert isinstance(robot, switching.Switched)
+        return make_expert(config.scene, robot.scene)
     return ROBOTS[config.kind].expert(robot)
+
+
+def _shared(robot: SimulatedRobot) -> SharedScene:
+    assert isinstance(robot, SharedScene), robot  # every robot of the table is one
+    return robot

@@ -159,6 +159,8 @@ def summarise(folder: Path, rows: Sequence[Result], clock: str, wall_s: float) -
             control["held"] += sum(command is None for command in episode["commands"])
             control["overruns"] += episode["overruns"]
             verdicts.update(episode["verdicts"])
+    moments = dict.fromkeys(when for row in rows if (when := row.task.rpartition("@")[2]) != row.task)
+    switches = {when: rate([r for r in rows if r.task.endswith(f"@{when}")]) for when in moments}
     return {
         "version": VERSION,
         "suite": rows[0].suite,
@@ -174,7 +176,7 @@ def summarise(folder: Path, rows: Sequence[Result], clock: str, wall_s: float) -
         "wall_s": wall_s,  # of the run that finished it
         "episodes_wall_s": sum(row.wall_s for row in rows),
         "versions": dict(rows[0].versions),
-    }
+    } | ({"switches": switches} if switches else {})  # when a robot was told another task: over all pairs of tasks
 
 
 @dataclass(frozen=True)

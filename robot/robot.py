@@ -62,3 +62,31 @@ class SimulatedRobot(Robot, Protocol):
     def render(self) -> np.ndarray:
         """(H, W, 3) uint8 RGB for films; not a policy camera and free to be prettier."""
         ...
+
+
+@runtime_checkable
+class FeelingRobot(Protocol):
+    """A robot that feels contact: by force, by touch, or because it is simulated."""
+
+    def contact(self) -> bool:
+        """Whether the hand touches something that is not its own, now."""
+        ...
+
+
+@runtime_checkable
+class InstructedRobot(Protocol):
+    """A robot that may be told something else in the middle of an episode."""
+
+    @property
+    def instruction(self) -> str:
+        """What it is told now; its observations carry the same."""
+        ...
+
+
+@runtime_checkable
+class SharedScene(SimulatedRobot, Protocol):
+    """A simulated robot that can go on with another task in the scene of the present one."""
+
+    def switch(self, task: str) -> str:
+        """Judge `task` from now on, everything staying where it is; return its instruction."""
+        ...

@@ -25,7 +25,7 @@ import numpy as np
 from robot import chunks, safety
 from robot.clock import Clock, Rate
 from robot.recall import Recall
-from robot.robot import Robot, SimulatedRobot
+from robot.robot import InstructedRobot, Robot, SimulatedRobot
 from vla.errors import TandemError
 from vla.types import ActionChunk, Decision, Observation, Policy, Watcher, require_same
 
@@ -58,6 +58,8 @@ class _Refused(Exception):
 class _Log:
     instruction: str = ""
     recall: Recall = field(default_factory=Recall)
+    told: str | None = None  # to the policy, whatever the robot says
+    last_told: str = ""  # by the robot, when it was looked at last
     success: bool = False
     first_success_step: int | None = None
     commands: list[np.ndarray | None] = field(default_factory=list)
@@ -129,7 +131,7 @@ def _drive(
 ) -> None:
     task, seed, told = episode
     given = robot.reset(task, seed)
-    log.instruction = given if told is None else told
+    log.instruction, log.told = given if told is None else told, told
     try:
         _guard(lambda: policy.reset(seed))
         log.recall = _guard(lambda: Recall.of(policy))
@@ -137,7 +139,7 @@ def _drive(
         rate = Rate(clock, robot.action_spec.rate_hz)  # time starts when there is something to do
         plan, began_s = chunks.insert(chunks.Plan(), chunk, rate.tick_s), rate.tick_s
         while not _ended(robot, log):
-            if chunks.used_up(plan, rate.tick_s):
+            if chunks.used_up(plan, rate.tick_s) or _told_anew(robot, log):
                 chunk = _ask(robot, policy, clock, log)
                 _hold_missed(robot, rate, log)
                 plan = chunks.insert(plan, chunk, rate.tick_s)  # the arm held: row 0 is due now
@@ -189,8 +191,15 @@ def _look(robot: Robot, clock: Clock, log: _Log) -> Observation:
     on the loop's own clock, whichever clock the simulator stamped with.
     """
     stamp_s = clock.now()
-    seen = dataclasses.replace(robot.observe(), stamp_s=stamp_s, instruction=log.instruction)
-    return log.recall.complete(seen, log.commands)
+    seen = robot.observe()
+    log.last_told = seen.instruction
+    told = seen.instruction if log.told is None else log.told
+    return log.recall.complete(dataclasses.replace(seen, stamp_s=stamp_s, instruction=told), log.commands)
+
+
+def _told_anew(robot: Robot, log: _Log) -> bool:
+    """Whether the robot is told something else than at its last chunk, which is then not carried on."""
+    return isinstance(robot, InstructedRobot) and robot.instruction != log.last_told
 
 
 def _hold_missed(robot: SimulatedRobot, rate: Rate, log: _Log) -> None:

@@ -21,6 +21,7 @@ YAML_CLASS = {  # pattern -> where its dataclass is; the first that fits counts
     "configs/record_*.yaml": "robot.record:RecordConfig",
     "configs/sft_*.yaml": "train.sft:TrainConfig",
     "configs/eval_*.yaml": "robot.evaluate:EvalConfig",
+    "configs/switching_*.yaml": "train.switching_data:SwitchingConfig",
 }
 
 SEAMS = {  # fields that other people's code and files rely on: a change here changes the interface

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from robot.sims import metaworld_scene
 from robot.sims.offscreen import Look, Renderer, load_mujoco
 from vla.errors import MissingDependency, TandemError, UsageError, choose_from
 from vla.types import ActionSpec, Observation
@@ -140,6 +141,7 @@ class MetaWorld:
         self._envs: dict[str, Any] = {}
         self._renderers: dict[tuple[str, Look], Renderer] = {}
         self._task: str | None = None
+        self._seed = 0
         self._obs = np.zeros(39)  # Meta-World's observation; hand and gripper first, the goal last
         self._gripper = -1.0  # last effort sent
         self._success = False
@@ -181,20 +183,46 @@ class MetaWorld:
         return self._obs.copy()
 
     def reset(self, task: str, seed: int) -> str:
+        self._seed = seed
+        self._begin(task, self._set_up(task))
+        self._gripper = -1.0
+        return describe(task).instruction
+
+    def switch(self, task: str) -> str:
+        """Go on with `task` in the present scene, which both tasks must set up alike from one seed.
+
+        Raises:
+            TandemError: they do not.
+        """
+        now, then = self._envs[self.task], self._set_up(task)
+        if not metaworld_scene.same_scene(now, then):
+            raise TandemError(f"{self.task} and {task} share no scene: one cannot follow in the middle of the other.")
+        metaworld_scene.copy_state(self._mujoco, now, then)
+        self._begin(task, then)
+        return describe(task).instruction
+
+    def contact(self) -> bool:
+        return metaworld_scene.touching(self._envs[self.task])
+
+    def _set_up(self, task: str) -> Any:
+        """The environment of `task`, reset."""
         if task not in self._tasks:
             raise UsageError(f"This robot was not set up for task {task!r}.{choose_from(task, self._tasks)}")
         if task not in self._envs:
             self._envs[task] = self._make(task)
         env = self._envs[task]
-        env.seed(seed)
+        env.seed(self._seed)
         env.reset()
+        return env
+
+    def _begin(self, task: str, env: Any) -> None:
+        """Let `env` be the present one, as it stands."""
         # Some tasks move the object last and compute nothing after: the picture and the object's
         # position would be those of the draw before.
         self._mujoco.mj_forward(env.model, env.data)
         env._prev_obs = env._get_curr_obs_combined_no_goal()
         self._obs = env._get_obs()
-        self._task, self._success, self._gripper = task, False, -1.0
-        return describe(task).instruction
+        self._task, self._success = task, False
 
     def _make(self, name: str) -> Any:
         env = self._environments[name]()

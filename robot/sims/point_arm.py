@@ -19,6 +19,7 @@ from vla.types import ActionChunk, ActionSpec, Observation
 RATE_HZ = 10.0
 STEP_M = 0.1  # an action of 1 moves the point by this much in one control step
 REACHED_M = 0.1  # distance at which a square counts as reached
+SQUARE_M = 0.08  # half the side of a square
 CAMERA = "top"
 COLOURS = {"reach-red": (220, 40, 40), "reach-blue": (40, 80, 220)}  # task -> RGB of its square
 INSTRUCTIONS = {"reach-red": "go to the red square", "reach-blue": "go to the blue square"}
@@ -119,7 +120,7 @@ class PointArm:
     def render(self) -> np.ndarray:
         picture = np.full((self._size, self._size, 3), FLOOR, np.uint8)
         for name, centre in self._squares.items():
-            self._fill(picture, centre, 0.08, COLOURS[name])
+            self._fill(picture, centre, SQUARE_M, COLOURS[name])
         self._fill(picture, self._point, 0.04, POINT)
         return picture
 
@@ -141,6 +142,16 @@ class PointArm:
         distance = np.linalg.norm(self._point - self._squares[self._task])
         self._success = self._success or bool(distance < REACHED_M)
         return sent
+
+    def switch(self, task: str) -> str:
+        if task not in self._tasks:
+            raise UsageError(f"This robot was not set up for task {task!r}.{choose_from(task, self._tasks)}")
+        self._task, self._success = task, False
+        return INSTRUCTIONS[task]
+
+    def contact(self) -> bool:
+        """Whether the point is inside a square."""
+        return any(np.abs(self._point - centre).max() < SQUARE_M for centre in self._squares.values())
 
     def hold(self) -> None:
         """Nothing moves the point but `command`."""

@@ -34,7 +34,10 @@ TORCH_FREE = {  # the files of vla that the control side may import
     "vla.load",
     "vla.policy_config",
     "vla.processor",
+    "vla.rotations",
     "vla.stats",
+    "vla.switching",
+    "vla.switching_policy",
     "vla.tokenizer",
     "vla.types",
 }

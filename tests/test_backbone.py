@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, SmolVLMForConditionalGeneration
 
@@ -250,6 +251,11 @@ def test_logits_are_those_of_the_checkpoint_s_head(pretrained: Path) -> None:
     theirs = SmolVLMForConditionalGeneration.from_pretrained(pretrained)
     hidden = torch.randn(2, 3, 32)
     assert torch.equal(backbone.token_logits(hidden), theirs.lm_head(hidden))
+    path = pretrained / "model.safetensors"
+    save_file({k: v for k, v in load_file(path).items() if k != "lm_head.weight"}, path, {"format": "pt"})
+    new_backbone(settings_for(pretrained), 32, "hidden")
+    with pytest.raises(CheckpointError, match="lm_head"):
+        new_backbone(settings_for(pretrained), 32, "tokens")
 
 
 @torch.no_grad()

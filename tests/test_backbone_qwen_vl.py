@@ -124,6 +124,7 @@ def test_patches_are_those_of_the_processor() -> None:
     ours = to_patches((picture.float() / 255 - mean) / std, 14, 2, 2)
     torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-5, rtol=0)
     assert theirs["image_grid_thw"].tolist() == [[1, 4, 4]] * 2
+    assert PIXELS["qwen3_vl"] == ([0.5] * 3, [0.5] * 3)  # as its preprocessor_config.json
 
 
 def test_positions_of_a_known_case() -> None:
@@ -152,6 +153,8 @@ def test_absent_cameras_change_nothing_and_are_not_encoded(folder: Path) -> None
     assert alone.valid.all()
     kept = whole.keys[-1][1][:, whole.valid[1]]
     torch.testing.assert_close(kept, alone.keys[-1][0], atol=1e-5, rtol=0)
+    sees_itself = ours._prefix(images, image_mask, tokens, token_mask).mask.diagonal(dim1=2, dim2=3)
+    assert sees_itself.all(), "attending to nothing is NaN in some kernels, and a masked NaN spreads"
     text = ours.encode(images, torch.zeros_like(image_mask), tokens, token_mask)
     assert text.next_position.tolist() == [7, 4, 2]
 

@@ -59,9 +59,10 @@ ONLY_HERE = {
     # The VLMs: how each is run, what they share, where their weights come from.
     "transformers": {f"vla/backbones/{name}.py" for name in ("attention", "smolvlm", "paligemma", "qwen_vl", "build")},
     "tokenizers": {"vla/tokenizer.py", "vla/action_tokens/fast.py"},  # of instructions; FAST's byte-pair encoding
-    # The policy, the optimizer beside it, an action tokenizer; the error of damaged weights of others.
+    # The policy, the optimizer beside it, an action tokenizer; the error of damaged weights of others; their weights.
     "safetensors": {
         "vla/checkpoint.py",
+        "deploy/convert_source.py",
         "train/training_state.py",
         "vla/backbones/build.py",
         "vla/lerobot_policy.py",

@@ -31,7 +31,14 @@ from vla.stats import Statistics
 
 FORMAT = 1
 CHUNK_TOKENIZER = "action_tokenizer"
-DECODE = ("execute", "mixture.consensus", "continuation", "conditions.intent", "conditions.scale")  # and the head's
+DECODE = (  # and the head's
+    "execute",
+    "candidates",
+    "mixture.consensus",
+    "continuation",
+    "conditions.intent",
+    "conditions.scale",
+)
 FILES = ("config.yaml", "statistics.json", "model.safetensors", "versions.json")
 
 

@@ -6,6 +6,7 @@ Axes: B rows, G groups, n samples, H steps, A action dims.
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from vla.backbones.base import Backbone
 from vla.cache import PrefixCache
@@ -18,7 +19,7 @@ from vla.heads.base import ActionHead
 from vla.horizons import HorizonGate
 from vla.policy_config import PolicyConfig
 from vla.rtc import Committed, Guidance
-from vla.sampling import Sampled, sample
+from vla.sampling import Sampled, draw, follow
 
 
 @dataclass(frozen=True)
@@ -53,26 +54,32 @@ class FastPath:
 
         Where the head, expert and gate are in eval mode, `vla.engine` does it and equals the plain path to rounding.
         The plain path does it in training mode, and what the engine does not cover: real-time guidance,
-        classifier-free guidance, other number formats than float32.
+        classifier-free guidance, paths that start at a source, other number formats than float32.
         """
-        shape = (cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim)
+        shape, source = self.shape(cache, n), self.source(fresh)
         steering = self._intended(fresh.steering, cache.batch, n)
-        if guidance is None and not self._contrasts and not self.head.training:
+        if guidance is None and source is None and not self._contrasts and not self.head.training:
             engine = self.engine.of(self.head, self.expert, self.gate, self.real_dim)
             if engine is not None:
                 condition = self.conditions(steering, cache.batch, n)
                 tokens, seen = self.fresh.tokens(fresh), self._with_state(cache, fresh)
                 return engine.sample(cache, seen, tokens, condition, shape, generator, committed)
-        return sample(
-            self.head,
-            self._predictor(self._context(cache, fresh), steering, n),
-            shape,
-            generator,
-            cache.valid.device,
-            real_dim=self.real_dim,
-            committed=committed,
-            guidance=guidance,
-        )
+        start = draw(self.head, shape, generator, cache.valid.device, source)
+        predictor = self.predictor(cache, fresh, n)
+        return follow(self.head, predictor, start, real_dim=self.real_dim, committed=committed, guidance=guidance)
+
+    def shape(self, cache: PrefixCache, n: int) -> tuple[int, int, int, int]:
+        """Of n samples for each row of the cache; they begin `config.past` steps before the observation."""
+        return cache.batch, n, self.config.past + self.config.chunk, self.config.action_dim
+
+    def source(self, fresh: Fresh) -> Tensor | None:
+        """Where paths start, of heads that do not start at noise alone."""
+        newest = fresh.state[:, None]
+        return self.head.source(newest if fresh.history is None else torch.cat((fresh.history, newest), dim=1))
+
+    def predictor(self, cache: PrefixCache, fresh: Fresh, n: int) -> Predictor:
+        """What n samples of each row are drawn with; on the plain path."""
+        return self._predictor(self._context(cache, fresh), self._intended(fresh.steering, cache.batch, n), n)
 
     def _context(self, cache: PrefixCache, fresh: Fresh) -> Context:
         """What the action tokens attend to."""

@@ -16,8 +16,11 @@ class FlowConfig:
     kind: Literal["flow"]
     time: Literal["concat", "adarms"]  # mixed into the action tokens (pi0, SmolVLA), or into the norms (pi0.5)
     steps: int  # Euler steps of the sampler
-    noise_scale: float  # standard deviation of the starting noise when sampling; 0 starts at the mean
+    noise_scale: float  # standard deviation of the starting noise when sampling; 0 starts at the mean. With source
+    # 'history' of the noise around it, in training too; 0 makes the policy deterministic
     draws: int  # noise and time draws per prefix and training step
+    source: Literal["noise", "history"] = "noise"  # where paths start: at noise, or at what a small network makes of
+    # the last states (A2A; needs policy.history)
     error_entropy: float = 0.0  # weight of the T-MEE term on the velocity errors; its code has 0.01
 
 

@@ -64,6 +64,27 @@ def _last(rows: np.ndarray | None, wanted: int, field: str, setting: str) -> np.
     return rows[given - wanted :]
 
 
+def executed(processor: Processor, observation: Observation) -> np.ndarray:
+    """(past, A) model units, the commands before the observation; NaN where there was none.
+
+    Raises:
+        UsageError: the observation has too few.
+    """
+    rows = _last(observation.executed, processor.config.past, "executed", "policy.past with policy.candidates")
+    return processor.codec.encode_actions(rows)[:, : processor.codec.action_spec.dim]
+
+
+def closest_past(candidates: np.ndarray, commands: np.ndarray) -> int:
+    """argmin_i |past_i - executed|^2 over the steps that were executed; the first if none was (past-token prediction).
+
+    Args:
+        candidates: (n, p, A), what each chunk says of the steps before.
+        commands: (p, A), what was sent then; rows of NaN do not count.
+    """
+    sent = ~np.isnan(commands).any(axis=1)
+    return int(((candidates - commands) ** 2)[:, sent].sum(axis=(1, 2)).argmin())
+
+
 def continuation(
     config: PolicyConfig, processor: Processor, under_way: UnderWay | None, device: torch.device
 ) -> tuple[Committed | None, Guidance | None]:

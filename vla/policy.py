@@ -34,7 +34,7 @@ from vla.heads.build import make_head
 from vla.horizons import HorizonGate, consensus
 from vla.losses import LossOut
 from vla.objective import policy_loss
-from vla.observed import continuation, fresh_inputs, slow_inputs
+from vla.observed import closest_past, continuation, executed, fresh_inputs, slow_inputs
 from vla.policy_config import PolicyConfig
 from vla.processor import Processor
 from vla.rtc import Committed, Guidance
@@ -127,6 +127,11 @@ class VLAPolicy(nn.Module):
         return self.config.history
 
     @property
+    def past(self) -> int:
+        """Commands before the observation that it wants in `Observation.executed`."""
+        return self.config.past if self.config.candidates > 1 else 0
+
+    @property
     def device(self) -> torch.device:
         return next(self.expert.parameters()).device
 
@@ -156,8 +161,9 @@ class VLAPolicy(nn.Module):
         if slow is None or self.chunk_tokens is None:
             return self._head_loss(cache, batch, target)
         fast = self._head_loss(cache.detach() if slow.backbone_learns_from == "tokens" else cache, batch, target)
-        actions = batch.actions[..., : self.action_spec.dim]
-        named = slow.weight * self.chunk_tokens.loss(self.backbone, cache, actions, batch.valid, target.entries())
+        ahead = slice(self.config.past, None)
+        actions, valid = batch.actions[:, ahead, : self.action_spec.dim], batch.valid[:, ahead]
+        named = slow.weight * self.chunk_tokens.loss(self.backbone, cache, actions, valid, target.entries())
         return LossOut(total=fast.total + named, terms=fast.terms | {"chunk_tokens": named.detach()})
 
     def _head_loss(self, cache: PrefixCache, batch: Batch, target: Target) -> LossOut:
@@ -166,7 +172,14 @@ class VLAPolicy(nn.Module):
         denoiser = self._fast.denoiser(cache, fresh, self.head.draws)
         draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
         return policy_loss(
-            self.head, denoiser, target, draws, committed=self.config.committed, mixture=self.config.mixture
+            self.head,
+            denoiser,
+            replace(target, source=self._fast.source(fresh)),
+            draws,
+            committed=self.config.committed,
+            mixture=self.config.mixture,
+            past=self.config.past,
+            past_weight=self.config.past_weight,
         )
 
     def encode(self, images: Tensor, image_mask: Tensor, tokens: Tensor, token_mask: Tensor) -> PrefixCache:
@@ -184,7 +197,7 @@ class VLAPolicy(nn.Module):
         committed: Committed | None = None,
         guidance: Guidance | None = None,
     ) -> Sampled:
-        """Fast path: n chunks for each entry, (B, n, H, A) in model units, on one shared prefix.
+        """Fast path: n chunks for each entry, (B, n, past + H, A) in model units, on one shared prefix.
 
         From the same generator state the first m of n samples are the m samples of a call with n = m. In eval mode
         this is `vla.engine`, with guidance or in training mode the plain path (`vla.fast_path`).
@@ -219,8 +232,17 @@ class VLAPolicy(nn.Module):
         return self.sample(cache, fresh, n, self._generator, committed=committed, guidance=guidance)
 
     def _physical(self, sampled: Sampled) -> np.ndarray:
-        """The chunks (n, H, A) of the one row."""
-        return self.processor.codec.decode_actions(sampled.actions[0].float().cpu().numpy())
+        """The chunks (n, H, A) of the one row, without the steps before the observation."""
+        ahead = sampled.actions[0, :, self.config.past :]
+        return self.processor.codec.decode_actions(ahead.float().cpu().numpy())
+
+    def _chosen(self, sampled: Sampled, observation: Observation) -> int:
+        """Which of the candidates to execute."""
+        past, real = self.config.past, self.action_spec.dim
+        if not self.past:
+            return 0
+        candidates = sampled.actions[0, :, :past, :real].float().cpu().numpy()
+        return closest_past(candidates, executed(self.processor, observation))
 
     def fresh_inputs(self, observation: Observation, cache: PrefixCache) -> Fresh:
         """What the fast path takes of an observation; `cache` may be of an earlier one."""
@@ -242,12 +264,13 @@ class VLAPolicy(nn.Module):
     def act(self, cache: PrefixCache, observation: Observation, under_way: UnderWay | None = None) -> ActionChunk:
         """The fast path alone: a chunk for the newest state, from an encoding that may be older."""
         start = time.perf_counter()
-        sampled = self._draw(cache, observation, 1, under_way)
-        actions = self._physical(sampled)[0]
+        sampled = self._draw(cache, observation, self.config.candidates, under_way)
+        chosen = self._chosen(sampled, observation)
+        actions = self._physical(sampled)[chosen]
         diagnostics = {"denoise_ms": 1e3 * (time.perf_counter() - start)}
         execute, mixture = self.config.execute, self.config.mixture
         if sampled.disagreement is not None and mixture is not None and mixture.consensus is not None:
-            apart = sampled.disagreement[0, 0].float().cpu().numpy()
+            apart = sampled.disagreement[0, chosen].float().cpu().numpy()
             execute = consensus(apart, mixture.horizons, mixture.consensus)
             diagnostics["disagreement"] = float(apart.mean())
         return ActionChunk(

@@ -156,6 +156,8 @@ class PolicyConfig:
     continuation: ContinuationConfig | None = None  # null: every chunk begins anew
     committed: int = 0  # steps at most already under way when a chunk is asked for: trains their continuation
     past: int = 0  # steps before the observation that are predicted too (past-token prediction)
+    past_weight: float = 1.0  # of the loss on them, beside the loss on the chunk
+    candidates: int = 1  # chunks drawn for each answer; the one whose past is nearest to what was executed is kept
     history: int = 0  # states before the observation that the policy gets
 
     def __post_init__(self) -> None:
@@ -204,12 +206,25 @@ class PolicyConfig:
                 "policy.token_loss.backbone_learns_from 'tokens' does not go with policy.state 'prefix': the state's "
                 "token is run through the backbone, and the head's loss with it. Take 'suffix' or 'prompt'."
             )
-        if self.past and (self.mixture is not None or self.committed):
-            raise UsageError("policy.past does not go together with policy.mixture or policy.committed; set one to 0.")
-        if self.history and self.state != "suffix":
-            raise UsageError(f"policy.history needs policy.state 'suffix', got {self.state!r}.")
+        self._check_looking_back()
         if self.continuation is not None:
             _check_continuation(self.continuation, self.head, self.committed)
+
+    def _check_looking_back(self) -> None:
+        if self.past and (self.mixture is not None or self.committed or self.continuation is not None):
+            raise UsageError(
+                "policy.past does not go together with policy.mixture, policy.committed or policy.continuation; set "
+                "past to 0, or committed to 0 and the others to null."
+            )
+        if self.past_weight < 0 or self.candidates < 1 or (self.candidates > 1 and not self.past):
+            raise UsageError(
+                "policy.past_weight must be 0 or more and policy.candidates 1 or more, which with more than 1 are told "
+                f"apart by policy.past; got {self.past_weight}, {self.candidates} and past {self.past}."
+            )
+        if self.history and self.state != "suffix":
+            raise UsageError(f"policy.history needs policy.state 'suffix', got {self.state!r}.")
+        if isinstance(self.head, FlowConfig) and self.head.source == "history" and not self.history:
+            raise UsageError("policy.head.source 'history' needs policy.history of 1 or more, got 0.")
 
 
 def _check_continuation(continuation: ContinuationConfig, head: HeadConfig, committed: int) -> None:

@@ -38,9 +38,21 @@ class Step(Protocol):
     def __call__(self, state: Tensor, index: int, held: Tensor | None) -> Prediction: ...
 
 
-def draw(head: ActionHead, shape: tuple[int, int, int, int], generator: torch.Generator, device: torch.device) -> Start:
-    """What sampling chunks of `shape` (B, G, H, A) starts from, on `device`."""
+def draw(
+    head: ActionHead,
+    shape: tuple[int, int, int, int],
+    generator: torch.Generator,
+    device: torch.device,
+    source: Tensor | None = None,
+) -> Start:
+    """What sampling chunks of `shape` (B, G, H, A) starts from, on `device`.
+
+    Args:
+        source: (B, H, A) of `ActionHead.source`, which the head's own start is then around.
+    """
     state = head.init(shape, generator, device)
+    if source is not None:
+        state = source[:, None] + state
     noise = [head.noise(state.shape, index, generator) for index in range(head.steps)]
     return Start(state, tuple(tuple(x.to(device) for x in numbers) for numbers in noise))
 
@@ -63,14 +75,28 @@ def sample(
         committed: steps that the chunks begin with, exactly (for policies trained with policy.committed).
         guidance: an earlier chunk that the new ones are drawn to; not together with `committed`.
     """
+    start = draw(head, shape, generator, device)
+    return follow(head, predictor, start, real_dim=real_dim, committed=committed, guidance=guidance)
+
+
+def follow(
+    head: ActionHead,
+    predictor: Predictor,
+    start: Start,
+    *,
+    real_dim: int,
+    committed: Committed | None = None,
+    guidance: Guidance | None = None,
+) -> Sampled:
+    """As `sample`, from a start that was drawn already."""
 
     def step(state: Tensor, index: int, held: Tensor | None) -> Prediction:
         if guidance is not None:
             return guided(head, predictor, state, index, guidance)
-        times = torch.full(shape[:3], head.time(index), device=device)
+        times = torch.full(state.shape[:3], head.time(index), device=state.device)
         return predictor(state, times if held is None else times.masked_fill(held, 0))
 
-    return denoise(head, step, draw(head, shape, generator, device), real_dim, committed)
+    return denoise(head, step, start, real_dim, committed)
 
 
 def denoise(head: ActionHead, step: Step, start: Start, real_dim: int, committed: Committed | None) -> Sampled:

@@ -27,6 +27,7 @@ class Target:
     actions: Tensor  # (B, H, A) float32
     valid: Tensor  # (B, H) bool, false beyond the episode's end
     dim_mask: Tensor  # (B, A) bool, false for padded dimensions
+    source: Tensor | None = None  # (B, H, A), where the path to the actions starts, of heads that say so
 
     def entries(self) -> Tensor:
         """(B,) float32, supervised numbers of each row: its weight in the mean over a batch."""
@@ -92,6 +93,11 @@ class ActionHead(ABC, nn.Module):
     @abstractmethod
     def corrupt(self, target: Target, draws: Draws, held: Tensor) -> Corrupted:
         """`draws` corruptions of each chunk; steps in `held` (B, G, H) bool stay clean and are not asked for."""
+
+    def source(self, states: Tensor) -> Tensor | None:
+        """Where paths to actions start (B, H, A), given the states up to now (B, p + 1, S); None: at noise alone."""
+        del states
+        return None
 
     @abstractmethod
     def clock(self, time: Tensor) -> Clock:

@@ -5,7 +5,7 @@ from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, Regre
 from vla.heads.base import ActionHead
 from vla.heads.discrete_diffusion import DiscreteDiffusionHead
 from vla.heads.e0 import E0Head
-from vla.heads.flow import FlowHead
+from vla.heads.flow import FlowHead, HistorySource
 from vla.heads.regression import RegressionHead
 from vla.policy_config import PolicyConfig
 
@@ -19,7 +19,10 @@ def make_head(config: PolicyConfig, real_dim: int) -> ActionHead:
     head, padded, width = config.head, config.action_dim, config.expert.width
     match head:
         case FlowConfig():
-            return FlowHead(head, padded, width)
+            states, steps = config.history + 1, config.past + config.chunk
+            started = head.source == "history"
+            source = HistorySource(states, config.state_dim, steps, padded, width) if started else None
+            return FlowHead(head, padded, width, source)
         case RegressionConfig():
             return RegressionHead(head, padded, width, committed=config.committed)
         case DiscreteDiffusionConfig():

@@ -5,6 +5,8 @@
   vla-data stats datasets/metaworld_four_tasks.yaml         exact statistics of the training episodes, as JSON
   vla-data tokenizer fast datasets/metaworld_four_tasks.yaml --chunk 16
                                                             an action tokenizer, and what it loses
+  vla-data switching datasets/metaworld_four_tasks.yaml --settings configs/switching_metaworld.yaml
+                                                            rollbacks and advances for task switching
 
 RECIPE.yaml says where the data set is and what its numbers mean; see datasets/. Values of it can be
 replaced on the command line, such as root=/data/mine or split.exclude=[3,17].
@@ -19,7 +21,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from train import compute_stats, doctor_data, findings, inspect_data, tokenizer_cli
+from train import compute_stats, doctor_data, findings, inspect_data, switching_cli, tokenizer_cli
 from train.dataset import LeRobotSource
 from train.raw_table import read_raw
 from train.recipe import Recipe
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(required=True, metavar="{inspect,check,stats,tokenizer}")
+    commands = parser.add_subparsers(required=True, metavar="{inspect,check,stats,tokenizer,switching}")
     what = (
         ("inspect", _inspect, "print tables and draw a picture of a data set"),
         ("check", _check, "find what is broken or looks wrong"),
@@ -61,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
                 "--out", type=Path, metavar="FOLDER", help=f"where to write (default: {OUT}/<recipe's name>)"
             )
     tokenizer_cli.add_parser(commands)
+    switching_cli.add_parser(commands)
     return parser
 
 

@@ -79,7 +79,8 @@ class DerivedSource:
         _check(source, settings)
         self.recipe, self.horizon = source.recipe, source.horizon
         self._source, self._settings, self.behaviour = source, settings, behaviour
-        self._states, self._actions = source.statistics_arrays()
+        self.moves = settings.moves
+        self.recorded = self._states, self._actions = source.statistics_arrays()
         self.labels = label(source, settings.contact, settings.enter, settings.leave)
         make = plan_rollbacks if behaviour == "rollback" else plan_advances
         self.plan = make(source, self.labels, settings)

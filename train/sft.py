@@ -15,18 +15,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from train.switching_data import MODE
 from train.train_config import TrainConfig
 from vla import cli
 from vla.config import dump, to_data
 from vla.errors import TandemError, UsageError
 from vla.files import require_writable, write_text
+from vla.switching import FORWARD
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from train.dataset import LeRobotSource
     from train.distributed import Cluster
-    from train.loader import Loader
+    from train.loader import Loader, Source
     from train.session import Work
     from train.sources import Sources
     from train.training_state import Learner, Manifest
@@ -74,12 +75,15 @@ def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
     return policy
 
 
-def make_loader(config: TrainConfig, sources: Sequence[LeRobotSource], policy: VLAPolicy, cluster: Cluster) -> Loader:
+def make_loader(config: TrainConfig, sources: Sequence[Source], policy: VLAPolicy, cluster: Cluster) -> Loader:
     from train.loader import Loader, Member
 
-    weights = [member.weight for member in config.data.mixture]
+    mixture = config.data.mixture
+    modes = [MODE[member.rows.behaviour] if member.rows else FORWARD for member in mixture]
     return Loader(
-        members=[Member(s, policy.processor, w) for s, w in zip(sources, weights, strict=True)],
+        members=[
+            Member(s, policy.processor, m.weight, mode) for s, m, mode in zip(sources, mixture, modes, strict=True)
+        ],
         global_batch=config.batch.global_batch,
         accumulation=config.batch.accumulation,
         rank=cluster.rank,
@@ -166,8 +170,8 @@ def _work(config: TrainConfig, sources: Sources, policy: VLAPolicy, cluster: Clu
     from train.session import Work
     from vla import checkpoint
 
-    loader = make_loader(config, sources.train, policy, cluster)
-    held_out = make_loader(config, sources.held_out, policy, cluster) if config.validation else None
+    loader = make_loader(config, sources.train_rows, policy, cluster)
+    held_out = make_loader(config, sources.held_out_rows, policy, cluster) if config.validation else None
 
     def validate() -> float:
         assert config.validation is not None

@@ -3,7 +3,7 @@
 expert            the robot's scripted expert, where it has one
 zeros             no displacement at all: the baseline that must score about zero
 module:function   your own: called with the robot and the settings, returns a `vla.types.Policy`
-anything else     a checkpoint folder, or `.../checkpoints/last` of a training run
+anything else     a checkpoint folder, a folder with a composition.yaml, or `.../checkpoints/last` of a training run
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from robot.registry import RobotConfig, make_expert
 from robot.robot import SimulatedRobot
 from vla.errors import CheckpointError, SpecMismatch, UsageError
-from vla.load import load_policy
+from vla.load import composition_of, load_policy
 from vla.types import ActionChunk, ActionSpec, Observation, Policy
 
 
@@ -104,6 +104,9 @@ def fingerprint(path: str) -> str:
             "'zeros', or module:function."
         )
     digest = hashlib.sha256()
+    composition = composition_of(folder)
+    for parent in composition.policies if composition else ():
+        digest.update(fingerprint(str(folder / parent)).encode())
     for file in sorted(p for p in folder.rglob("*") if p.is_file()):
         digest.update(file.relative_to(folder).as_posix().encode())
         with file.open("rb") as f:

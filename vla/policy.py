@@ -26,6 +26,7 @@ from vla.cache import PrefixCache
 from vla.chunk_tokens import ChunkTokens
 from vla.codec import Codec
 from vla.conditions import Conditions, Steering
+from vla.denoiser import Predictor
 from vla.expert import ActionExpert
 from vla.fast_path import FastPath
 from vla.fresh import Fresh, FreshInputs
@@ -205,6 +206,11 @@ class VLAPolicy(nn.Module):
         return self._fast.sample(cache, fresh, n, generator, committed, guidance)
 
     @torch.no_grad()
+    def predictor(self, cache: PrefixCache, fresh: Fresh, n: int) -> Predictor:
+        """What n chunks for each entry are drawn with, for those who draw them otherwise than `sample`."""
+        return self._fast.predictor(cache, fresh, n)
+
+    @torch.no_grad()
     def encode_observation(self, observation: Observation) -> PrefixCache:
         """One observation -> a cache of batch 1 that carries its capture time."""
         cache = self.encode(*slow_inputs(self.processor, observation, self.device))
@@ -265,9 +271,17 @@ class VLAPolicy(nn.Module):
         """The fast path alone: a chunk for the newest state, from an encoding that may be older."""
         start = time.perf_counter()
         sampled = self._draw(cache, observation, self.config.candidates, under_way)
+        return self.conclude(sampled, observation, start)
+
+    def conclude(self, sampled: Sampled, observation: Observation, began: float) -> ActionChunk:
+        """The chunk to execute, of candidates (1, n, past + H, A) that were drawn for an observation.
+
+        Args:
+            began: `time.perf_counter()` when they were asked for.
+        """
         chosen = self._chosen(sampled, observation)
         actions = self._physical(sampled)[chosen]
-        diagnostics = {"denoise_ms": 1e3 * (time.perf_counter() - start)}
+        diagnostics = {"denoise_ms": 1e3 * (time.perf_counter() - began)}
         execute, mixture = self.config.execute, self.config.mixture
         if sampled.disagreement is not None and mixture is not None and mixture.consensus is not None:
             apart = sampled.disagreement[0, chosen].float().cpu().numpy()

@@ -33,6 +33,7 @@ class Batch:
     noise_seed: int  # all random draws for the global batch come from this seed
     loss_scale: float  # weight that makes the mean of micro-batch means the mean of the global batch
     mode: Tensor | None = None  # (B,) int64, the behaviour that the row shows: 0 forward, 1 rollback, 2 advance
+    intent: Tensor | None = None  # (B,) int64 in 0..intents-1, what the row is an example of (policy.conditions)
 
     def to(self, device: torch.device | str) -> "Batch":
         tensors = {

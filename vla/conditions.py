@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vla.errors import UsageError
+from vla.heads.base import Draws
 from vla.layers import time_embedding
 from vla.policy_config import ConditionConfig, FastSlowConfig
 
@@ -21,6 +23,23 @@ class Steering:
     age: Tensor | None = None  # (B,) float32, control steps between the encoding and the state
     mode: Tensor | None = None  # (B,) int64, 0 forward, 1 rollback, 2 advance
     intent: Tensor | None = None  # (B, G) int64; -1 hides it
+
+
+def trained_intent(config: ConditionConfig | None, intent: Tensor | None, draws: Draws, groups: int) -> Tensor | None:
+    """(B, G) int64 for training: the rows' intents (B,), of which a share `config.drop` of the chunks sees -1, none.
+
+    Raises:
+        UsageError: the policy is to learn intents, and the rows have none.
+    """
+    if config is None or not config.intents:
+        return None
+    if intent is None:
+        raise UsageError(
+            f"policy.conditions.intents is {config.intents}, and the rows of this data say nothing of their intent "
+            "(Batch.intent). Set it to 0, or train from rows that do."
+        )
+    chance = draws.uniform((groups,), draws.generator(purpose=3)).to(intent.device)
+    return intent[:, None].expand(-1, groups).masked_fill(chance < config.drop, -1)
 
 
 class Conditions(nn.Module):

@@ -25,7 +25,7 @@ from vla.batch import Batch
 from vla.cache import PrefixCache
 from vla.chunk_tokens import ChunkTokens
 from vla.codec import Codec
-from vla.conditions import Conditions, Steering
+from vla.conditions import Conditions, Steering, trained_intent
 from vla.denoiser import Predictor
 from vla.expert import ActionExpert
 from vla.fast_path import FastPath
@@ -168,10 +168,11 @@ class VLAPolicy(nn.Module):
         return LossOut(total=fast.total + named, terms=fast.terms | {"chunk_tokens": named.detach()})
 
     def _head_loss(self, cache: PrefixCache, batch: Batch, target: Target) -> LossOut:
-        steering = Steering(batch.age, batch.mode)
+        draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
+        intent = trained_intent(self.config.conditions, batch.intent, draws, self.head.draws)
+        steering = Steering(batch.age, batch.mode, intent)
         fresh = Fresh(batch.state, batch.fast_images, batch.fast_image_mask, steering, batch.history)
         denoiser = self._fast.denoiser(cache, fresh, self.head.draws)
-        draws = Draws(seed=batch.noise_seed, global_size=batch.global_size, rows=batch.rows)
         return policy_loss(
             self.head,
             denoiser,

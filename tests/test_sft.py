@@ -142,6 +142,11 @@ def test_accumulation_gives_the_same_policy(settings: list[str], tmp_path: Path)
             np.testing.assert_allclose(parts[name], value, atol=1e-6, err_msg=name)
 
 
+def test_chunks_longer_than_most_episodes_are_said(settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert vla_train([*settings, "steps=1", "policy.chunk=14"]) == 0
+    assert "note: 3 of 4 episodes of recipe 'small' are shorter than the 14 steps" in capsys.readouterr().err
+
+
 def test_a_finished_run_is_left_alone(settings: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert vla_train(settings) == 0
     before = (tmp_path / "run/metrics.jsonl").read_bytes()

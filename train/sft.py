@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,7 +35,27 @@ if TYPE_CHECKING:
     from vla.policy import VLAPolicy
 
 # What a policy may change when it starts from a checkpoint; the rest is fixed by the checkpoint's weights.
-FREE_AT_INIT = ("chunk", "execute", "cameras", "max_tokens", "head.steps", "head.noise_scale", "head.draws", "backbone")
+FREE_AT_INIT = (
+    "chunk",
+    "execute",
+    "cameras",
+    "max_tokens",
+    "head.steps",
+    "head.noise_scale",
+    "head.draws",
+    "backbone",
+    "continuation",
+    "committed",
+    "lora",
+)
+# Parts that it may add: policy.key -> the weights that come with it and begin as they do in a new policy.
+ADDED_AT_INIT = {
+    "mixture": ("gate.",),
+    "fast_slow": ("conditions.", "fresh.fast_images."),
+    "conditions": ("conditions.",),
+    "token_loss": ("chunk_tokens.",),
+    "committed": ("head.held_proj.",),
+}
 
 
 def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
@@ -43,25 +64,33 @@ def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
     Raises:
         CheckpointError, UsageError, SpecMismatch: the checkpoint of `init` cannot be used here.
     """
+    import torch
+
     from vla.policy import VLAPolicy
 
     if config.init is None:
         return VLAPolicy.build(config.policy, sources.statistics(), config.seed)
     from train.training_state import differences
-    from vla import checkpoint
+    from vla import checkpoint, lora
     from vla.backbones.build import saved_backbone
 
     folder = config.init.checkpoint
     saved = checkpoint.read(folder)
     statistics = saved.statistics
-    free = FREE_AT_INIT
+    free: list[str] = [*FREE_AT_INIT]
+    new: list[str] = []
+    for key, weights in ADDED_AT_INIT.items():
+        if getattr(config.policy, key) and not getattr(saved.config, key):
+            free.append(key)
+            new += weights
     if config.init.statistics == "checkpoint":
         recipe = sources.train[0].recipe
         statistics.require_for(
             recipe.state.spec, recipe.action.spec, f"recipe {recipe.name!r} (init.checkpoint {folder})"
         )
     else:
-        statistics, free = sources.statistics(), (*free, "normalization")
+        statistics = sources.statistics()
+        free.append("normalization")
     different = [
         f"  policy.{key}: {there!r} there, {here!r} here"
         for key, there, here in differences(to_data(saved.config), to_data(config.policy))
@@ -69,9 +98,16 @@ def new_policy(config: TrainConfig, sources: Sources) -> VLAPolicy:
     ]
     if different:
         raise UsageError(f"init.checkpoint {folder} is another architecture:\n" + "\n".join(different))
-    backbone = saved_backbone(folder / "backbone", config.policy.backbone)
-    policy = VLAPolicy.compose(config.policy, statistics, backbone, saved.tokenizer)
-    checkpoint.load_weights(policy, folder / "model.safetensors")
+    adapters = config.policy.lora if saved.config.lora is None else None
+    plain = config.policy if adapters is None else replace(config.policy, lora=None)
+    chunk_tokenizer = Path(plain.token_loss.tokenizer) if plain.token_loss else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)  # of the parts that are added
+        backbone = saved_backbone(folder / "backbone", plain.backbone, plain.reads)
+        policy = VLAPolicy.compose(plain, statistics, backbone, saved.tokenizer, chunk_tokenizer)
+        checkpoint.load_weights(policy, folder / "model.safetensors", tuple(new))
+        if adapters is not None:
+            lora.add(policy, adapters)
     return policy
 
 
@@ -134,6 +170,8 @@ def train(config: TrainConfig) -> None:
             raise
         if cluster.is_main:
             write_text(config.output / "config.yaml", dump(config))
+            for note in sources.notes():
+                print(f"note: {note}", file=sys.stderr)
         learner = _learner(config, policy, cluster)
         run(session, _work(config, sources, policy, cluster), learner, cluster)
     finally:

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from rich.console import Console
@@ -26,6 +26,7 @@ from deploy import convert_lerobot, convert_numbers, convert_pi, convert_smolvla
 from deploy.convert_plan import Given, Plan, Row, fill, moves
 from deploy.convert_source import Weights, read_config
 from vla import checkpoint, cli, tokenizer
+from vla.backbone_config import Part
 from vla.backbones.build import saved_backbone
 from vla.errors import CheckpointError, UsageError
 from vla.policy import VLAPolicy
@@ -149,8 +150,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--chunk", type=int, metavar="N", help="openpi without config.json: steps of a chunk")
     p.add_argument("--state", choices=("prompt", "none"), help="pi05 of openpi: whether the prompt tells the state")
     p.add_argument("--horizons", type=horizons, default=(), metavar="N,N", help="of a mixture of horizons")
+    p.add_argument("--freeze", nargs="*", choices=get_args(Part), help="parts of the backbone that stay as they are")
     args = p.parse_args(argv)
-    given = Given(args.execute, args.chunk, args.state, args.horizons)
+    freeze = None if args.freeze is None else tuple(args.freeze)
+    given = Given(args.execute, args.chunk, args.state, args.horizons, freeze)
     options = Options(args.tokenizer, args.vlm, args.recipe, args.statistics, given)
 
     def body() -> None:

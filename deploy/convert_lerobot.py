@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from deploy.convert_plan import Given
 from deploy.convert_source import read_tensors
 from vla.backbone_config import Part
 from vla.codec import Normalization
@@ -31,7 +32,9 @@ def square(size: Any, key: str) -> int:
     return int(size[0])
 
 
-def freeze_of(declared: Mapping[str, Any]) -> tuple[Part, ...]:
+def freeze_of(declared: Mapping[str, Any], given: Given) -> tuple[Part, ...]:
+    if given.freeze is not None:
+        return given.freeze
     if declared["train_expert_only"]:
         return ("vision", "connector", "text")
     return ("vision",) if declared["freeze_vision_encoder"] else ()

@@ -11,7 +11,7 @@ from typing import Any
 from deploy.convert_lerobot import freeze_of, normalization_of, require, square
 from deploy.convert_plan import Given, Plan, Rule
 from deploy.convert_source import Weights
-from vla.backbone_config import PaliGemmaConfig
+from vla.backbone_config import PaliGemmaConfig, Part
 from vla.errors import CheckpointError, UsageError
 from vla.head_config import FlowConfig
 from vla.policy_config import ExpertConfig, MixtureConfig, PolicyConfig
@@ -77,7 +77,7 @@ def lerobot_plan(declared: Mapping[str, Any], weights: Weights, cameras: Sequenc
         max_tokens=declared["tokenizer_max_length"],
         normalization=normalization_of(declared),
         state="prompt" if adaptive else "suffix",
-        backbone=PaliGemmaConfig("paligemma", WEIGHTS, None, None, freeze_of(declared)),
+        backbone=_settings(weights, freeze_of(declared, given)),
         expert=_expert(weights, adaptive=adaptive, first_position=None),
         head=FlowConfig("flow", "adarms" if adaptive else "concat", declared["num_inference_steps"], 1.0, 1),
     )
@@ -115,7 +115,7 @@ def openpi_plan(declared: Mapping[str, Any], weights: Weights, cameras: Sequence
         max_tokens=max_tokens,
         normalization="quantile" if adaptive else "mean_std",
         state=(given.state or "prompt") if adaptive else "suffix",
-        backbone=PaliGemmaConfig("paligemma", WEIGHTS, None, None, ()),
+        backbone=_settings(weights, given.freeze or ()),
         expert=_expert(weights, adaptive=adaptive, first_position=padded if mixing else None),
         head=FlowConfig("flow", time, 10, 1.0, 1),
         mixture=mixture,
@@ -145,6 +145,11 @@ def _require_form(weights: Weights, adaptive: bool) -> None:  # noqa: FBT001
 def _rules(weights: Weights, adaptive: bool) -> tuple[Rule, ...]:  # noqa: FBT001
     text = TIED if EMBEDDING in weights.shapes else UNTIED
     return (*RULES, text, *(PI05 if adaptive else PI0))
+
+
+def _settings(weights: Weights, freeze: tuple[Part, ...]) -> PaliGemmaConfig:
+    frozen = freeze and weights.are_bf16(f"{VLM}model.")
+    return PaliGemmaConfig("paligemma", WEIGHTS, None, None, freeze, dtype="bf16" if frozen else "fp32")
 
 
 def _expert(weights: Weights, *, adaptive: bool, first_position: int | None) -> ExpertConfig:

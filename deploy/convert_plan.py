@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deploy.convert_source import Weights
+from vla.backbone_config import Part
 from vla.errors import CheckpointError
 from vla.policy_config import PolicyConfig
 
@@ -34,6 +35,7 @@ class Given:
     chunk: int | None = None  # steps predicted, where the source does not say
     state: Literal["prompt", "none"] | None = None  # of a pi0.5 from openpi; None: prompt
     horizons: tuple[int, ...] = ()  # of a mixture of horizons
+    freeze: tuple[Part, ...] | None = None  # parts of the backbone that will not be trained; None: as the source says
 
 
 @dataclass(frozen=True)

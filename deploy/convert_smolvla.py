@@ -56,7 +56,7 @@ def plan(declared: dict[str, Any], weights: Weights, cameras: Sequence[str], vlm
     crossing = "cross" in declared["attention_mode"] and every != 1
     backbone = _backbone(declared, weights, vlm)
     layers = weights.layers("vlm_with_expert.lm_expert.layers.")
-    text_layers = backbone["text_config"]["num_hidden_layers"]
+    text_layers, freeze = backbone["text_config"]["num_hidden_layers"], freeze_of(declared, given)
     if layers != text_layers:
         raise CheckpointError(f"The expert has {layers} layers, the VLM {text_layers}: only as many as that are read.")
     policy = PolicyConfig(
@@ -69,7 +69,14 @@ def plan(declared: dict[str, Any], weights: Weights, cameras: Sequence[str], vlm
         max_tokens=declared["tokenizer_max_length"],
         normalization=normalization_of(declared),
         state="prefix",
-        backbone=SmolVLMConfig("smolvlm", declared["vlm_model_name"], None, text_layers, freeze_of(declared)),
+        backbone=SmolVLMConfig(
+            kind="smolvlm",
+            weights=declared["vlm_model_name"],
+            tiny=None,
+            text_layers=text_layers,
+            freeze=freeze,
+            dtype="bf16" if freeze and weights.are_bf16("vlm_with_expert.vlm.model.") else "fp32",
+        ),
         expert=ExpertConfig(
             width=weights.shape("action_in_proj.weight")[0],
             layers=layers,

@@ -27,7 +27,7 @@ class Weights:
             )
         self.folder = folder
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: set[str] = set()
+        self._dtypes: dict[str, str] = {}
         self._places: dict[str, tuple[Path, str]] = {}
         for path in files:
             for name, shape, dtype in _header(path):
@@ -35,7 +35,7 @@ class Weights:
                 if short in self.shapes:
                     raise CheckpointError(f"{path} holds {name!r}, once more: leave one checkpoint there.")
                 self.shapes[short], self._places[short] = shape, (path, name)
-                self.dtypes.add(dtype)
+                self._dtypes[short] = dtype
 
     def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
         """(name, tensor) of each, in the files' order; a tensor is let go before the next is read."""
@@ -50,6 +50,10 @@ class Weights:
         if name not in self.shapes:
             raise CheckpointError(f"{self.folder} holds no weight {name!r}: the checkpoint is incomplete or renamed.")
         return self.shapes[name]
+
+    def are_bf16(self, before: str) -> bool:
+        """Whether all weights whose names begin so are bfloat16."""
+        return all(dtype == "BF16" for name, dtype in self._dtypes.items() if name.startswith(before))
 
     def layers(self, before: str) -> int:
         """How many numbers follow `before` (as in "text_model.layers.") in the names."""

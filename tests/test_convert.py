@@ -20,7 +20,7 @@ from vla.head_config import FlowConfig
 from vla.policy import VLAPolicy
 from vla.policy_config import ExpertConfig, PolicyConfig
 from vla.stats import Moments, Statistics
-from vla.types import ActionSpec
+from vla.types import ActionSpec, Observation
 
 CONFIG = PolicyConfig(
     chunk=5,
@@ -169,6 +169,27 @@ def test_what_statistics_lack_is_filled_up(root: Path) -> None:
 def test_cameras_are_named_after_the_source_without_a_recipe(root: Path) -> None:
     assert run(root, recipe=None, statistics="statistics.json") == 0
     assert checkpoint.load(root / "ours").config.cameras == ("front", "hand")
+
+
+def test_a_frozen_backbone_keeps_its_format(root: Path) -> None:
+    def half(weights: dict[str, Tensor]) -> None:
+        weights.update({k: v.bfloat16() for k, v in weights.items() if "vlm.model." in k})
+
+    reweigh(root, half)
+    declare(train_expert_only=True)(root)
+    assert run(root) == 0
+    loaded = checkpoint.load(root / "ours")
+    assert (loaded.config.backbone.dtype, loaded.config.backbone.freeze) == ("bf16", ("vision", "connector", "text"))
+    assert {p.dtype for p in loaded.backbone.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in loaded.expert.parameters()} == {torch.float32}
+    images = {name: np.zeros((32, 32, 3), np.uint8) for name in ("top", "wrist")}
+    assert np.isfinite(loaded.infer(Observation(0.0, images, np.zeros(3, np.float32), "go")).actions).all()
+    (root / "options").mkdir()
+    words = ["--vlm", str(root / "vlm"), "--recipe", str(root / "recipe.yaml"), "--freeze"]
+    assert convert.main([str(root / "source"), str(root / "options/ours"), *words]) == 0
+    loaded = checkpoint.load(root / "options/ours")
+    assert (loaded.config.backbone.dtype, loaded.config.backbone.freeze) == ("fp32", ())
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
 def cut(root: Path) -> None:

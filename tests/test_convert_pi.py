@@ -4,6 +4,8 @@ Then the same weights as openpi names them, and with a gate over horizons.
 """
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -332,6 +334,40 @@ def test_mixture_of_horizons(case: Case) -> None:
     expected = (torch.stack(votes, dim=1) * shares[..., None]).sum(dim=1)
     wide = given | {"state": pad(given["state"], (0, 24))}
     close(velocity(ours, wide, pad(noisy, (0, 26)), 0.4)[..., :6], expected, 1e-5)
+
+
+ASKED = {  # layout, options -> what the message asks for
+    ("openpi_again",): r"how many steps a chunk has: give --chunk N",
+    ("openpi_again", "--chunk", "6", "--horizons", "2,6"): r"--horizons is for a mixture of horizons",
+    ("moh_again", "--chunk", "6"): r"give them, as in --horizons 3,6,9,12",
+}
+
+
+def test_what_openpi_does_not_say_is_asked_for(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    as_openpi(case, "openpi_again", lambda _: None)
+    as_openpi(case, "moh_again", gated)
+    for (name, *options), message in ASKED.items():
+        known = ["--tokenizer", str(case.root / "tokenizer"), "--statistics", str(case.root / "statistics.json")]
+        assert convert.main([str(case.root / name), str(case.root / "none"), *known, *options]) == 2
+        assert re.search(message, capsys.readouterr().err)
+    assert not (case.root / "none").exists()
+
+
+def test_tokenizer_is_asked_for(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    known = ["--statistics", str(case.root / "statistics.json")]
+    assert convert.main([str(case.root / "source"), str(case.root / "none"), *known]) == 2
+    assert "does not carry its tokenizer" in capsys.readouterr().err
+
+
+def test_weights_of_the_other_kind(case: Case, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = case.root / "wrong"
+    shutil.copytree(case.root / "source", wrong)
+    said = {"pi0": "pi05", "pi05": "pi0"}[case.kind]
+    declared = json.loads((wrong / "config.json").read_text()) | {"type": said}
+    (wrong / "config.json").write_text(json.dumps(declared))
+    known = ["--tokenizer", str(case.root / "tokenizer"), "--statistics", str(case.root / "statistics.json")]
+    assert convert.main([str(wrong), str(case.root / "none"), *known]) == 1
+    assert f"config.json says '{said}', the weights are those of a '{case.kind}'" in capsys.readouterr().err
 
 
 def released_step(case: Case, given: dict[str, Tensor], noisy: Tensor, padded: int) -> Tensor:

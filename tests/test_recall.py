@@ -21,12 +21,12 @@ def seen(state: float) -> Observation:
 def test_the_first_state_repeats_and_a_step_nobody_looked_at_counts_as_the_one_before() -> None:
     recall, command = Recall(history=3, past=0, action_dim=2), np.zeros(2, np.float32)
     given = []
-    for step in (0, 1, 2, 5, 5, 6):
-        history = recall.complete(seen(10.0 + step), [command] * step).history
+    for step, state in ((0, 10.0), (1, 11.0), (2, 12.0), (5, 15.0), (5, 15.5), (6, 16.0)):
+        history = recall.complete(seen(state), [command] * step).history
         assert history is not None
         assert (history.shape, history.dtype) == ((3, 1), np.float32)
         given.append(history[:, 0].tolist())
-    assert given == [[10, 10, 10], [10, 10, 10], [10, 10, 11], [12, 12, 12], [12, 12, 12], [12, 12, 15]]
+    assert given == [[10, 10, 10], [10, 10, 10], [10, 10, 11], [12, 12, 12], [12, 12, 12], [12, 12, 15.5]]
 
 
 def test_commands_are_the_last_ones_and_what_was_not_sent_is_nan() -> None:

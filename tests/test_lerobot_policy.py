@@ -43,6 +43,14 @@ SMALL: dict[str, dict[str, Any]] = {
         "crop_ratio": 1.0,
         "spatial_softmax_num_keypoints": 4,
     },
+    "vqbet": {  # three observations, and no n_action_steps
+        "n_obs_steps": 3,
+        "n_action_pred_token": 2,
+        "action_chunk_size": 3,
+        **dict.fromkeys(("gpt_hidden_dim", "gpt_input_dim", "gpt_output_dim"), 16),
+        **{"gpt_n_layer": 1, "gpt_n_head": 2, "crop_shape": (64, 64), "spatial_softmax_num_keypoints": 4},
+        **{"vqvae_n_embed": 4, "vqvae_embedding_dim": 8, "vqvae_enc_hidden_dim": 8},
+    },
 }
 STATS = {
     "observation.state": {"mean": [0.1, -0.1], "std": [0.5, 0.6], "min": [-1.0, -1.0], "max": [1.0, 0.9]},
@@ -123,6 +131,7 @@ def lerobots_own(folder: Path, seed: int) -> np.ndarray:
     return np.array(arm.sent)
 
 
+@pytest.mark.filterwarnings("ignore:To evaluate in the environment")  # vqbet's, of random weights
 @pytest.mark.parametrize("kind", SMALL)
 def test_our_runtime_sends_what_lerobots_own_loop_sends(kind: str, folders: dict[str, Path]) -> None:
     arm, policy = Kept(), load_policy(folders[kind])
@@ -137,7 +146,7 @@ def test_our_runtime_sends_what_lerobots_own_loop_sends(kind: str, folders: dict
     assert len(arm.seen) == (3 if kind == "act" else 9), "only a policy that reads history looks at every step"
 
 
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", ["act", "diffusion"])
 def test_the_chunk_is_lerobots_chunk(kind: str, folders: dict[str, Path]) -> None:
     from lerobot.configs import PreTrainedConfig
     from lerobot.policies import get_policy_class, make_pre_post_processors
@@ -162,6 +171,20 @@ def test_the_chunk_is_lerobots_chunk(kind: str, folders: dict[str, Path]) -> Non
     np.testing.assert_array_equal(chunk.actions, expected)
     assert chunk.actions.shape == ((6, 2) if kind == "act" else (3, 2))
     assert (chunk.execute, chunk.period_s) == (3, 0.1)
+
+
+def test_a_new_episode_remembers_nothing(folders: dict[str, Path]) -> None:
+    policy, fresh = load_policy(folders["diffusion"]), load_policy(folders["diffusion"])
+    arm = PointArm(("reach-red",), image_size=64, step_limit=9)
+    arm.reset("reach-red", 5)
+    policy.reset(0)
+    policy.infer(arm.observe())
+    arm.reset("reach-red", 6)
+    chunks = []
+    for one in (policy, fresh):
+        one.reset(1)
+        chunks.append(one.infer(arm.observe()).actions)
+    np.testing.assert_array_equal(chunks[0], chunks[1])
 
 
 def test_the_seed_decides_the_draws(folders: dict[str, Path]) -> None:
@@ -197,7 +220,7 @@ def evaluation(path: Path, output: Path, **settings: Any) -> EvalConfig:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", SMALL)
+@pytest.mark.parametrize("kind", ["act", "diffusion"])
 def test_vla_eval_opens_the_folder(
     kind: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

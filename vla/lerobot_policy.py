@@ -90,9 +90,10 @@ class LeRobotPolicy:
     def __init__(self, policy: Any, processors: tuple[Any, Any], meaning: Meaning, execute: int | None) -> None:
         self._policy, self._meaning = policy, meaning
         self._pre, self._post = processors
-        self._execute = policy.config.n_action_steps if execute is None else execute
-        if not isinstance(self._execute, int) or self._execute < 1:
-            raise CheckpointError(f"policy.settings.execute must be a positive whole number, got {self._execute!r}.")
+        # None: all of the chunk, as vqbet's configuration means it.
+        self._execute: int | None = getattr(policy.config, "n_action_steps", None) if execute is None else execute
+        if execute is not None and (type(execute) is not int or execute < 1):
+            raise CheckpointError(f"policy.settings.execute must be a positive whole number, got {execute!r}.")
         self._device = torch.device(policy.config.device)
         self._streams: list[Tensor] | None = None  # states of the random generators between two chunks
 
@@ -128,12 +129,13 @@ class LeRobotPolicy:
         with self._random():
             actions = self._post(self._policy.predict_action_chunk(batch))
         rows = actions[0].float().cpu().numpy()
-        if rows.shape[1] != self.action_spec.dim or len(rows) < self._execute:
+        execute = len(rows) if self._execute is None else self._execute
+        if rows.shape[1] != self.action_spec.dim or len(rows) < execute:
             raise TandemError(
                 f"The policy answered {rows.shape}, expected {self.action_spec.dim} columns and at least "
-                f"{self._execute} rows. Lower policy.settings.execute, or correct tandem.yaml."
+                f"{execute} rows. Lower policy.settings.execute, or correct tandem.yaml."
             )
-        return ActionChunk(observation.stamp_s, 1.0 / self.action_spec.rate_hz, rows, self._execute)
+        return ActionChunk(observation.stamp_s, 1.0 / self.action_spec.rate_hz, rows, execute)
 
     def _prepare(self, observation: Observation) -> dict[str, Any]:
         """What LeRobot's own loop hands to a policy at this moment."""

@@ -73,9 +73,10 @@ class Plan:
         """Chunks behind the prefix that `memory` holds."""
         if inputs.fresh.device.type != "cuda":
             return self._sample(inputs)
-        if self._recorded is None:
-            self._recorded = Recorded(self._sample, inputs)
-        return self._recorded(inputs)
+        with torch.cuda.device(inputs.fresh.device):
+            if self._recorded is None:
+                self._recorded = Recorded(self._sample, inputs)
+            return self._recorded(inputs)
 
     def _sample(self, inputs: Inputs) -> Sampled:
         model, committed = self.model, inputs.committed

@@ -121,7 +121,9 @@ def openpi_plan(declared: Mapping[str, Any], weights: Weights, cameras: Sequence
         mixture=mixture,
     )
     counted = f"its code counts the padded prefix, {padded} tokens, before the first action"
-    return Plan(policy, backbone, _rules(weights, adaptive), (("expert first_position", counted),) if mixing else ())
+    return Plan(
+        policy, backbone, _rules(weights, adaptive), (("first_position of the expert", counted),) if mixing else ()
+    )
 
 
 def _chunk(declared: Mapping[str, Any], given: Given, *, mixing: bool) -> int:

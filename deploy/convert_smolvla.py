@@ -89,7 +89,8 @@ def plan(declared: dict[str, Any], weights: Weights, cameras: Sequence[str], vlm
         head=FlowConfig("flow", "concat", declared["num_steps"], 1.0, 1),
     )
     turned = f"policies of this kind turn all positions by {ROPE_THETA:g}, not as the VLM was trained"
-    return Plan(policy, backbone, RULES, (("backbone rope_theta", turned),))
+    bars = "black bars are centred here, on the left and on top there"
+    return Plan(policy, backbone, RULES, (("rope_theta of the backbone", turned), ("oblong pictures", bars)))
 
 
 def _require_known(declared: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Policies that look back: earlier states as tokens, paths that start at them, past-token prediction."""
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vla import checkpoint
 from vla.denoiser import Prediction
 from vla.errors import UsageError
 from vla.fresh import Fresh
@@ -265,6 +267,12 @@ def test_the_candidate_that_explains_what_was_executed_is_kept(policies: SimpleN
     np.testing.assert_allclose(first, physical[0, 2:], atol=1e-5)
     with pytest.raises(UsageError, match=r"needs 2 rows of Observation\.executed"):
         policy.infer(here)
+
+
+def test_candidates_are_a_decode_setting(policies: SimpleNamespace, tmp_path: Path) -> None:
+    checkpoint.save(build(policies, past=2, history=1), tmp_path / "policy")
+    loaded = checkpoint.load(tmp_path / "policy", settings={"candidates": 3})
+    assert (loaded.config.candidates, loaded.history, loaded.past) == (3, 1, 2)
 
 
 def test_settings_that_do_not_go_together_are_refused(policies: SimpleNamespace) -> None:

@@ -67,6 +67,7 @@ ONLY_HERE = {
         "vla/backbones/build.py",
         "vla/lerobot_policy.py",
         "vla/action_tokens/residual_vq.py",
+        "vla/lora.py",  # adapters alone
     },
     "accelerate": {"train/distributed.py"},
     "diffusers": set(),

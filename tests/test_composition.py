@@ -15,6 +15,7 @@ from vla.errors import CheckpointError, SpecMismatch, UsageError
 from vla.head_config import DiscreteDiffusionConfig, E0Config, RegressionConfig
 from vla.load import load_policy
 from vla.policy import VLAPolicy
+from vla.policy_config import ConsensusConfig, MixtureConfig
 from vla.types import Observation, Policy
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -71,6 +72,18 @@ def test_each_parent_sees_what_it_was_trained_with(policies: SimpleNamespace) ->
     chunk = composed.infer(here)
     assert (chunk.actions.shape, chunk.execute, chunk.stamp_s) == ((5, 2), 3, 12.5)
     assert {"encode_ms", "denoise_ms"} == set(chunk.diagnostics)
+
+
+def test_a_policy_without_weight_is_not_run_and_the_first_other_one_leads(policies: SimpleNamespace) -> None:
+    agreed = MixtureConfig((1, 5), "none", 1.0, 0.0, ConsensusConfig(2, 1e9, 1))
+    plain, looking = parent(policies, 0), parent(policies, 1, history=2, mixture=agreed, cameras=("wrist",))
+    first = ComposedPolicy([plain, looking], (1.0, 0.0))
+    assert (first.history, first.cameras, first.infer(policies.observation()).execute) == (0, ("front", "wrist"), 3)
+    second = ComposedPolicy([plain, looking], (0.0, 1.0))
+    here = replace(policies.observation(), history=np.zeros((2, 4), np.float32))
+    chunk = second.infer(here)
+    assert (second.history, second.cameras, chunk.execute) == (2, ("wrist",), looking.infer(here).execute)
+    assert "disagreement" in chunk.diagnostics, "what it says of its own horizons is kept"
 
 
 @pytest.mark.parametrize("weights", [(0.5, 0.6), (1.5, -0.5), (1.0,)])

@@ -17,7 +17,7 @@ from vla.fresh import Fresh
 from vla.heads.base import Draws
 from vla.heads.flow import FlowHead, source_time
 from vla.objective import policy_loss
-from vla.observed import closest_past
+from vla.observed import closest_past, executed
 from vla.policy import VLAPolicy
 from vla.policy_config import ContinuationConfig, MixtureConfig
 from vla.sampling import Start, follow
@@ -203,6 +203,15 @@ def test_the_loss_on_the_past_leaves_the_chunk_alone(kit: SimpleNamespace, name:
     torch.testing.assert_close(totals[2] - totals[1], totals[1] - totals[0])
 
 
+def test_the_policy_weighs_the_loss_on_its_past(policies: SimpleNamespace) -> None:
+    terms = []
+    for weight in (1.0, 3.0):
+        policy = build(policies, past=2, past_weight=weight)
+        terms.append(policy.loss(rows_of(policies, policy)).terms)
+    torch.testing.assert_close(terms[1]["past"], 3 * terms[0]["past"])
+    torch.testing.assert_close(terms[1]["flow"], terms[0]["flow"])
+
+
 def test_error_entropy_is_of_the_chunk_alone(kit: SimpleNamespace) -> None:
     parts, target = kit.make(kit.HEADS["flow_entropy"]), kit.target()
     target, draws = replace(target, valid=torch.ones_like(target.valid)), Draws(3, kit.BATCH, torch.arange(kit.BATCH))
@@ -260,9 +269,10 @@ def test_the_candidate_that_explains_what_was_executed_is_kept(policies: SimpleN
     drawn = policy.sample(cache, policy.fresh_inputs(here, cache), 4, torch.Generator().manual_seed(0)).actions[0]
     physical = policy.processor.codec.decode_actions(drawn.numpy())
     assert len(np.unique(physical[:, 2, 0])) == 4
-    for past, chunk in zip(physical[:, :2], physical[:, 2:], strict=True):
-        kept = answer(policy, looking(policies, executed=past)).actions
-        np.testing.assert_allclose(kept, chunk, atol=1e-5)
+    for i, (past, chunk) in enumerate(zip(physical[:, :2], physical[:, 2:], strict=True)):
+        seen = looking(policies, executed=past)
+        np.testing.assert_allclose(answer(policy, seen).actions, chunk, atol=1e-5)
+        np.testing.assert_allclose(executed(policy.processor, seen), drawn[i, :2, :2], atol=1e-6)
     first = answer(policy, looking(policies, executed=np.full((2, 2), np.nan, np.float32))).actions
     np.testing.assert_allclose(first, physical[0, 2:], atol=1e-5)
     with pytest.raises(UsageError, match=r"needs 2 rows of Observation\.executed"):

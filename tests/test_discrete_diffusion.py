@@ -188,3 +188,12 @@ def test_a_mixture_of_probabilities(kit: SimpleNamespace) -> None:
     weights = weights / weights.sum(2, keepdim=True)
     expected = (outs.softmax(-1) * weights[..., None, None]).sum(2)
     torch.testing.assert_close(head.fuse(outs, weights).softmax(-1), expected)
+
+
+@pytest.mark.parametrize("layout", ["per_step", "per_scalar"])
+def test_a_token_tells_which_dimension_holds_which_bin(kit: SimpleNamespace, layout: str) -> None:
+    head = discrete(kit, layout=layout)
+    ids = torch.zeros(1, 1, kit.STEPS, kit.REAL, dtype=torch.long)
+    ids[..., 0], ids[..., 1] = 3, 9
+    one, other = (head.scalars.tokens(head.embedding(x)) for x in (ids, ids.flip(-1)))
+    assert float((one - other).detach().abs().max()) > 1e-3

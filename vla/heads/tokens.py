@@ -28,12 +28,16 @@ class ScalarTokens(nn.Module):
         self.layout, self.dims, self.bins = layout, dims, bins
         self.per_step = 1 if layout == "per_step" else dims
         self.dim_embedding = nn.Parameter(0.02 * torch.randn(dims, width))
+        # A sum forgets which number came from which dimension; random signs keep it (Plate 1995, holographic binding).
+        signs = torch.randint(0, 2, (dims, width)) * 2.0 - 1
+        self.dim_scale = nn.Parameter(signs) if layout == "per_step" else None
         self.classifier = nn.Linear(width, dims * bins if layout == "per_step" else bins)
 
     def tokens(self, numbers: Tensor) -> Tensor:
         """(B, G, H, D, W) -> (B, G, H or H*D, W)."""
-        named = numbers + self.dim_embedding
-        return named.sum(dim=3) if self.layout == "per_step" else named.flatten(2, 3)
+        if self.dim_scale is None:
+            return (numbers + self.dim_embedding).flatten(2, 3)
+        return (numbers * self.dim_scale + self.dim_embedding).sum(dim=3)
 
     def spread(self, rows: Tensor) -> Tensor:
         """Rows of steps (B, G, H, W) -> of their tokens; one row (W,) for all stays as it is."""

@@ -26,9 +26,9 @@ from vla.files import read_json_lines, write_text
 ROOT = Path(__file__).resolve().parents[1]
 HEADS = {
     "flow": "{kind: flow, time: concat, steps: 5, noise_scale: 0.0, draws: 4}",
-    "discrete": "{kind: discrete_diffusion, bins: 256, binary_dims: [], layout: per_scalar, steps: 8, score: max, "
+    "discrete": "{kind: discrete_diffusion, bins: 256, binary_dims: [], layout: per_step, steps: 8, score: max, "
     "remask: none, temperature: 1.0, choice_temperature: 0.0, draws: 4}",
-    "e0": "{kind: e0, bins: 256, layout: per_scalar, alpha: 1.0, time: concat, steps: 5, draws: 4}",
+    "e0": "{kind: e0, bins: 256, layout: per_step, alpha: 1.0, time: concat, steps: 5, draws: 4}",
     "regression": "{kind: regression, error: l1}",
 }
 MIXTURE = "{horizons: [2, 4, 6, 8], gate_noise: learned, independent: 1.0, balance: 1e-3, consensus: null}"

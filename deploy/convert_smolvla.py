@@ -87,10 +87,10 @@ def plan(declared: dict[str, Any], weights: Weights, cameras: Sequence[str], vlm
             norm_eps=backbone["text_config"].get("rms_norm_eps", 1e-6),
         ),
         head=FlowConfig("flow", "concat", declared["num_steps"], 1.0, 1),
+        bars="top_left",
     )
     turned = f"policies of this kind turn all positions by {ROPE_THETA:g}, not as the VLM was trained"
-    bars = "black bars are centred here, on the left and on top there"
-    return Plan(policy, backbone, RULES, (("rope_theta of the backbone", turned), ("oblong pictures", bars)))
+    return Plan(policy, backbone, RULES, (("rope_theta of the backbone", turned),))
 
 
 def _require_known(declared: Mapping[str, Any]) -> None:

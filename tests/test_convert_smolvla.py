@@ -346,3 +346,15 @@ def test_from_picture_to_physical_action(pair: tuple[Any, VLAPolicy]) -> None:
     physical = expected * statistics.action.std + statistics.action.mean
     assert np.abs(chunk.actions - physical).max() < 1e-3
     assert chunk.execute == 4
+
+
+def test_an_oblong_picture_lies_where_lerobot_puts_it(pair: tuple[Any, VLAPolicy]) -> None:
+    theirs, ours = pair
+    rng = np.random.default_rng(8)
+    shapes = {"top": (16, 24, 3), "wrist": (16, 8, 3)}
+    images = {name: rng.integers(0, 256, shape, np.uint8) for name, shape in shapes.items()}
+    known = {KEYS[i]: torch.from_numpy(images[n]).permute(2, 0, 1)[None] / 255 for i, n in enumerate(images)}
+    expected, _ = theirs.prepare_images(known)
+    pictures, _ = ours.processor.images(images)
+    for own, their in zip(pictures, expected, strict=True):
+        close(torch.from_numpy(own).permute(2, 0, 1)[None] / 127.5 - 1, their, 0.01)  # rounded to whole numbers here

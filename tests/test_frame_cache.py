@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,6 +44,25 @@ def test_equals_decoding(kind: str, tmp_path: Path, request: pytest.FixtureReque
     assert has.tolist() == also.tolist() == [True] * len(recipe.cameras) + [False]
     assert np.array_equal(source.steps(indices).actions, mapped.steps(indices).actions)
     assert a[:, 0].any()
+
+
+@pytest.fixture
+def tall_recipe(image_recipe: Recipe, tmp_path: Path, write_lerobot: Callable[..., Path]) -> Recipe:
+    cameras = dict.fromkeys(image_recipe.cameras.values(), (40, 24))
+    return replace(image_recipe, root=write_lerobot(tmp_path / "tall", "image", fps=15, cameras=cameras))
+
+
+@pytest.mark.parametrize("kind", ["video_recipe", "tall_recipe"])
+def test_where_the_bars_are_makes_another_cache(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    source = LeRobotSource(request.getfixturevalue(kind), 4, "train")
+    config, indices = CacheConfig(tmp_path / "cache", 1.0), np.arange(8)
+    centred, aside = TOP, replace(TOP, bars="top_left")
+    first, second = (cached(source, [view], config).pictures(indices, view)[0] for view in (centred, aside))
+    assert np.array_equal(second, source.pictures(indices, aside)[0])
+    assert len(folders(config)) == 2
+    filled = [np.any(pictures[:, 0], axis=(0, 3)) for pictures in (first, second)]
+    assert filled[1][-1, -1], "the picture ends in the last corner"
+    assert filled[0].sum() == filled[1].sum()
 
 
 def test_is_made_once_and_shared_by_both_splits(

@@ -33,6 +33,15 @@ def test_bars_are_black_and_centred(shape: tuple[int, int]) -> None:
     assert (square[2:6] == 255).all()
 
 
+@pytest.mark.parametrize("shape", [(4, 8), (8, 4)])
+def test_bars_may_lie_before_the_picture(shape: tuple[int, int]) -> None:
+    square = resize_with_pad(np.full((*shape, 3), 255, np.uint8), 8, "top_left")
+    if shape == (8, 4):
+        square = square.transpose(1, 0, 2)
+    assert (square[:4] == 0).all()
+    assert (square[4:] == 255).all()
+
+
 def test_shrinking_averages_areas() -> None:
     image = np.zeros((64, 64, 3), np.uint8)
     image[:, ::4] = 200  # sampling at the middle of each target pixel would not see these lines

@@ -19,6 +19,7 @@ from train.recipe import Recipe
 from train.stored_images import ImageFrames
 from train.video import Decoder, DecoderPool, VideoFrames
 from vla.errors import DataError, UsageError
+from vla.images import Bars
 from vla.policy_config import PolicyConfig
 
 BOOKKEEPING = ("index", "episode_index", "frame_index", "timestamp", "task_index")
@@ -40,13 +41,14 @@ class View:
 
     cameras: tuple[str, ...]  # the recipe's names, V
     size: int  # pixels, side of the square
+    bars: Bars = "centred"  # where pictures that are not square are black
 
 
 def views(policy: PolicyConfig) -> tuple[View, View]:
     """What a policy looks at in the observation, and together with each state (fast-slow training)."""
     fast_slow = policy.fast_slow
-    fast = View(fast_slow.cameras, fast_slow.image_size) if fast_slow else View((), 0)
-    return View(policy.cameras, policy.image_size), fast
+    fast = View(fast_slow.cameras, fast_slow.image_size, policy.bars) if fast_slow else View((), 0)
+    return View(policy.cameras, policy.image_size, policy.bars), fast
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Around:
 class FrameReader(Protocol):
     """One camera's pictures by row of the data set."""
 
-    def read(self, rows: np.ndarray, size: int, out: np.ndarray) -> None:
+    def read(self, rows: np.ndarray, size: int, out: np.ndarray, bars: Bars = "centred") -> None:
         """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,) int64."""
         ...
 
@@ -173,7 +175,7 @@ class LeRobotSource:
         images = np.empty((len(rows), len(view.cameras), view.size, view.size, 3), np.uint8)
         for v, name in enumerate(view.cameras):
             if present[v]:
-                self.frame_reader(name, view.size).read(rows, view.size, images[:, v])
+                self.frame_reader(name, view.size).read(rows, view.size, images[:, v], view.bars)
             else:
                 images[:, v] = 0
         return images, present

@@ -23,8 +23,9 @@ from rich.progress import Progress
 from train.dataset import LeRobotSource, View
 from vla import files
 from vla.errors import TandemError, UsageError
+from vla.images import Bars
 
-VERSION = 1
+VERSION = 2
 CHUNK = 64  # frames decoded at once while a cache is made
 GB = 1e9
 
@@ -47,8 +48,8 @@ class MappedFrames:
     def __init__(self, path: Path, frames: int, size: int) -> None:
         self._map = np.asarray(np.memmap(path, np.uint8, "r", shape=(frames, size, size, 3)))
 
-    def read(self, rows: np.ndarray, size: int, out: np.ndarray) -> None:
-        """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,); `size` is the map's."""
+    def read(self, rows: np.ndarray, size: int, out: np.ndarray, bars: Bars = "centred") -> None:
+        """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,); `size` and `bars` are the map's."""
         for i, row in enumerate(rows.tolist()):
             out[i] = self._map[row]
 
@@ -62,9 +63,9 @@ def cached(source: LeRobotSource, views: Sequence[View], config: CacheConfig) ->
         TandemError: the pictures do not fit into the budget or onto the disk.
         DataError: a picture cannot be decoded.
     """
-    frames, has = source.folder.total_frames, source.recipe.cameras
+    frames, has, bars = source.folder.total_frames, source.recipe.cameras, _bars(views)
     sizes = {(name, view.size): frames * view.size**2 * 3 for view in views for name in view.cameras if name in has}
-    about = {key: _about(source, *key) for key in sizes}
+    about = {key: _about(source, *key, bars) for key in sizes}
     paths = {key: config.folder / _name(about[key]) for key in sizes}
     total = sum(sizes.values())  # bytes
     if total > config.budget_gb * GB:
@@ -88,7 +89,12 @@ def _listed(keys: Iterable[tuple[str, int]]) -> str:
     return ", ".join(f"{camera!r} at {size} px" for camera, size in keys)
 
 
-def _about(source: LeRobotSource, camera: str, size: int) -> dict[str, Any]:
+def _bars(views: Sequence[View]) -> Bars:
+    """Where the views of a policy, all of them, have their bars."""
+    return views[0].bars if views else "centred"
+
+
+def _about(source: LeRobotSource, camera: str, size: int, bars: Bars) -> dict[str, Any]:
     """What a cache holds, complete: two caches with equal values hold equal pictures."""
     return {
         "version": VERSION,
@@ -96,6 +102,7 @@ def _about(source: LeRobotSource, camera: str, size: int) -> dict[str, Any]:
         "revision": source.revision,
         "camera": source.recipe.cameras[camera],
         "size": size,
+        "bars": bars,
         "frames": source.folder.total_frames,
         "excluded": sorted(source.recipe.split.exclude),
     }
@@ -159,7 +166,7 @@ def _build(source: LeRobotSource, camera: str, size: int, path: Path, about: dic
             task = bar.add_task(title, total=len(rows))
             for start in range(0, len(rows), CHUNK):
                 part = rows[start : start + CHUNK]
-                reader.read(part, size, buffer[: len(part)])
+                reader.read(part, size, buffer[: len(part)], about["bars"])
                 for row, picture in zip(part.tolist(), buffer, strict=False):
                     file.seek(row * frame_bytes)
                     file.write(picture.data)

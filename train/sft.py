@@ -39,6 +39,7 @@ FREE_AT_INIT = (
     "chunk",
     "execute",
     "cameras",
+    "bars",
     "max_tokens",
     "head.steps",
     "head.noise_scale",

@@ -12,7 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from train.lerobot_folder import RECOPY
 from vla.errors import DataError
-from vla.images import resize_with_pad
+from vla.images import Bars, resize_with_pad
 
 PNG = b"\x89PNG\r\n\x1a\n"
 KEEP_BYTES = 2 << 30  # encoded pictures of one camera kept in memory
@@ -41,14 +41,14 @@ class ImageFrames:
         self._starts = np.array(starts)  # (G + 1,) first row of each group
         self._kept: OrderedDict[int, pa.Array] = OrderedDict()
 
-    def read(self, rows: np.ndarray, size: int, out: np.ndarray) -> None:
+    def read(self, rows: np.ndarray, size: int, out: np.ndarray, bars: Bars = "centred") -> None:
         """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,)."""
         groups = np.searchsorted(self._starts, rows, side="right") - 1
         for group in np.unique(groups):
             encoded = self._encoded(int(group))
             for i in np.flatnonzero(groups == group):
                 data = encoded[int(rows[i] - self._starts[group])].as_buffer()
-                out[i] = resize_with_pad(self._decode(data, int(rows[i])), size)
+                out[i] = resize_with_pad(self._decode(data, int(rows[i])), size, bars)
 
     def _encoded(self, group: int) -> pa.Array:
         """(rows of the group,) encoded pictures."""

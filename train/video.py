@@ -18,7 +18,7 @@ from av.video.frame import VideoFrame
 from av.video.reformatter import VideoReformatter
 
 from vla.errors import DataError
-from vla.images import resize_with_pad
+from vla.images import Bars, resize_with_pad
 
 TOLERANCE_S = 1e-4  # LeRobot's: how far a frame's time may be from the row's
 MAX_OPEN = 32  # decoders one thread keeps open; one holds a few MB
@@ -148,7 +148,7 @@ class VideoFrames:
         self._file = np.array([place[path] for path in files], np.int64)[episode]  # (N,)
         self._times, self._pool = times, pool
 
-    def read(self, rows: np.ndarray, size: int, out: np.ndarray) -> None:
+    def read(self, rows: np.ndarray, size: int, out: np.ndarray, bars: Bars = "centred") -> None:
         """Fill `out` (B, size, size, 3) uint8 with the frames of `rows` (B,)."""
         file, times = self._file[rows], self._times[rows]
         before: tuple[int, float] | None = None
@@ -156,7 +156,7 @@ class VideoFrames:
         for i in np.lexsort((times, file)):
             here = (int(file[i]), float(times[i]))
             if here != before:
-                picture = resize_with_pad(self._rgb(self._paths[here[0]], here[1]), size)
+                picture = resize_with_pad(self._rgb(self._paths[here[0]], here[1]), size, bars)
                 before = here
             out[i] = picture
 

@@ -1,16 +1,20 @@
 """Camera pictures -> the picture the model sees. The same function in training and on the arm."""
 
+from typing import Literal
+
 import cv2
 import numpy as np
 
+Bars = Literal["centred", "top_left"]  # of what remains black: on both sides, or all of it before the picture (SmolVLA)
 
-def resize_with_pad(image: np.ndarray, size: int) -> np.ndarray:
+
+def resize_with_pad(image: np.ndarray, size: int, bars: Bars = "centred") -> np.ndarray:
     """As `letterbox`, into a square."""
-    return letterbox(image, size, size)
+    return letterbox(image, size, size, bars)
 
 
-def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scale (H, W, 3) uint8 RGB into (height, width, 3), keeping its aspect ratio, black bars centred.
+def letterbox(image: np.ndarray, height: int, width: int, bars: Bars = "centred") -> np.ndarray:
+    """Scale (H, W, 3) uint8 RGB into (height, width, 3), keeping its aspect ratio, black bars beside it.
 
     Shrinking averages areas (no aliasing); enlarging is bilinear.
     """
@@ -23,6 +27,7 @@ def letterbox(image: np.ndarray, height: int, width: int) -> np.ndarray:
     if (new_h, new_w) == (height, width):
         return np.asarray(scaled)
     whole = np.zeros((height, width, 3), np.uint8)
-    top, left = (height - new_h) // 2, (width - new_w) // 2
+    share = 2 if bars == "centred" else 1
+    top, left = (height - new_h) // share, (width - new_w) // share
     whole[top : top + new_h, left : left + new_w] = scaled
     return whole

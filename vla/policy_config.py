@@ -10,6 +10,7 @@ from vla.backbone_config import BackboneConfig
 from vla.codec import Normalization
 from vla.errors import UsageError
 from vla.head_config import DiscreteDiffusionConfig, E0Config, FlowConfig, HeadConfig
+from vla.images import Bars
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,7 @@ class PolicyConfig:
     past: int = 0  # steps before the observation that are predicted too (past-token prediction)
     past_weight: float = 1.0  # of the loss on them, beside the loss on the chunk
     candidates: int = 1  # chunks drawn for each answer; the one whose past is nearest to what was executed is kept
+    bars: Bars = "centred"  # where a picture that is not square has its black bars
     history: int = 0  # states before the observation that the policy gets
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ The same object prepares training rows and live observations, so there is one se
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -65,7 +66,8 @@ class Processor:
                 f"{choose_from(names[0], images)} Map them in the recipe's or the robot's 'cameras'."
             )
         blank = np.zeros((size, size, 3), np.uint8)
-        return np.stack([resize_with_pad(images[n], size) if n in images else blank for n in names]), present
+        fit = partial(resize_with_pad, size=size, bars=self.config.bars)
+        return np.stack([fit(images[n]) if n in images else blank for n in names]), present
 
     def text(self, instruction: str, state: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """An instruction as (T,) int64 ids padded to `max_tokens` and (T,) bool, true for real tokens.

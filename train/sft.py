@@ -47,6 +47,8 @@ FREE_AT_INIT = (
     "backbone",
     "continuation",
     "committed",
+    "past_weight",
+    "candidates",
     "lora",
 )
 # Parts that it may add: policy.key -> the weights that come with it and begin as they do in a new policy.
@@ -56,6 +58,7 @@ ADDED_AT_INIT = {
     "conditions": ("conditions.",),
     "token_loss": ("chunk_tokens.",),
     "committed": ("head.held_proj.",),
+    "history": ("fresh.history_position",),
 }
 
 

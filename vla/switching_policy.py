@@ -60,6 +60,14 @@ class SwitchingPolicy:
         return self._policy.state_spec
 
     @property
+    def history(self) -> int:
+        return self._policy.config.history
+
+    @property
+    def past(self) -> int:
+        return self._policy.config.past
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         return self._policy.cameras
 

@@ -100,7 +100,7 @@ def _moments(side: str, spec: ActionSpec, found: Mapping[str, np.ndarray], base:
     values: dict[str, Any] = {}
     for kind in KINDS:
         if kind in found:
-            values[kind] = int(found[kind][0]) if kind == "count" else found[kind][: max(spec.dim, 1)]
+            values[kind] = int(found[kind][0]) if kind == "count" else _unpadded(found[kind], spec.dim)
         elif base is not None:
             values[kind] = getattr(base, kind)
     missing = [kind for kind in KINDS if kind not in values]
@@ -115,6 +115,11 @@ def _moments(side: str, spec: ActionSpec, found: Mapping[str, np.ndarray], base:
             f"The source's {side} has {len(values[short[0]])} dimensions, the recipe's {spec.dim}: {spec.names}."
         )
     return Moments(**values)
+
+
+def _unpadded(values: np.ndarray, dim: int) -> np.ndarray:
+    """Without the zeros that openpi may put behind the real dimensions."""
+    return values if values[dim:].any() else values[:dim]
 
 
 def _read(path: Path) -> Statistics:

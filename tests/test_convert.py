@@ -211,9 +211,13 @@ def foreign_camera(root: Path) -> None:
     (root / "recipe.yaml").write_text(config.dump(blocks))
 
 
-def of_another_dimension(root: Path) -> None:
-    blocks = recipe() | {"state": {"key": "observation.state", "spec": spec(4).to_json()}}
-    (root / "recipe.yaml").write_text(config.dump(blocks))
+def with_state_of(dim: int) -> Callable[[Path], None]:
+    blocks = recipe() | {"state": {"key": "observation.state", "spec": spec(dim).to_json()}}
+
+    def write(root: Path) -> None:
+        (root / "recipe.yaml").write_text(config.dump(blocks))
+
+    return write
 
 
 def declare(**changes: Any) -> Callable[[Path], None]:
@@ -246,7 +250,8 @@ DAMAGE = {  # what is done to the folder, and what the one message must say
     "oblong": (declare(resize_imgs_with_padding=[32, 48]), r"resize_imgs_with_padding is \[32, 48\], and only squares"),
     "old config": (lambda r: edit(r / "source/config.json", lambda d: d.pop("chunk_size")), r"has no 'chunk_size'"),
     "foreign camera": (foreign_camera, r"name \['observation\.images\.side'\], and the policy has"),
-    "other arm": (of_another_dimension, r"The source's state has 3 dimensions, the recipe's 4"),
+    "larger arm": (with_state_of(4), r"The source's state has 3 dimensions, the recipe's 4"),
+    "smaller arm": (with_state_of(2), r"The source's state has 3 dimensions, the recipe's 2"),
 }
 
 

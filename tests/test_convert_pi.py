@@ -336,6 +336,20 @@ def test_mixture_of_horizons(case: Case) -> None:
     close(velocity(ours, wide, pad(noisy, (0, 26)), 0.4)[..., :6], expected, 1e-5)
 
 
+def test_statistics_of_openpi(case: Case) -> None:
+    as_openpi(case, "with_numbers", lambda _: None)
+    folder = case.root / "with_numbers/assets/somewhere/arm"
+    folder.mkdir(parents=True)
+    side = {"mean": 0.25, "std": 1.5, "q01": -3.0, "q99": 4.0}
+    numbers = {name: {k: [v] * dim for k, v in side.items()} for name, dim in (("state", STATE), ("actions", ACTION))}
+    numbers["actions"] = {k: [*v, 0.0, 0.0] for k, v in numbers["actions"].items()}  # padded
+    (folder / "norm_stats.json").write_text(json.dumps({"norm_stats": numbers}))
+    found = case.convert("with_numbers", "numbered", "--chunk", "6", "--execute", "2").processor.codec.statistics
+    assert (found.action.mean.tolist(), found.action.q99.tolist()) == ([0.25] * ACTION, [4.0] * ACTION)
+    assert found.state.q50.tolist() == [0.0] * STATE, "from --statistics"
+    assert checkpoint.load(case.root / "numbered").config.execute == 2
+
+
 ASKED = {  # layout, options -> what the message asks for
     ("openpi_again",): r"how many steps a chunk has: give --chunk N",
     ("openpi_again", "--chunk", "6", "--horizons", "2,6"): r"--horizons is for a mixture of horizons",

@@ -67,18 +67,17 @@ def test_a_real_backbones_adapters_are_small() -> None:
     """Rank 16 on the attention of SmolVLM2-500M, without allocating it: under 5 % of the weights."""
     from transformers import SmolVLMConfig, SmolVLMModel
 
-    settings = SmolVLMConfig(
-        text_config={
-            "model_type": "llama",
-            "hidden_size": 960,
-            "intermediate_size": 2560,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 15,
-            "num_key_value_heads": 5,
-            "vocab_size": 49280,
-            "pad_token_id": 2,
-        }
-    )
+    text = {
+        "model_type": "llama",
+        "hidden_size": 960,
+        "intermediate_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 15,
+        "num_key_value_heads": 5,
+        "vocab_size": 49280,
+        "pad_token_id": 2,
+    }
+    settings = SmolVLMConfig.from_dict({"text_config": text})
     with torch.device("meta"):
         model = SmolVLMModel(settings)
         lora.put_in({"text": model.text_model}, replace(LORA, rank=16, parts=("text",)))

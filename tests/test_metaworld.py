@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from robot.registry import ROBOTS, MetaWorldConfig, PointArmConfig, RobotConfig, make_expert, make_robot
+from robot.registry import ROBOTS, MetaWorldConfig, PointArmConfig, SceneConfig, make_expert, make_robot
 from robot.robot import SimulatedRobot
 from robot.sims.metaworld import ACTION_REPEAT, ACTION_SPEC, STATE_SPEC, TASKS, MetaWorld, describe
 from robot.sims.metaworld_experts import Expert
@@ -48,7 +48,7 @@ def move(robot: MetaWorld, action: tuple[float, ...], steps: int) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
-def test_a_registered_robot_keeps_the_contract(config: RobotConfig) -> None:
+def test_a_registered_robot_keeps_the_contract(config: SceneConfig) -> None:
     assert {c.kind for c in CONFIGS} == set(ROBOTS), "a registered robot without a configuration here is untested"
     stamps = iter(range(100))
     robot = make_robot(config, clock=lambda: float(next(stamps)))

@@ -80,25 +80,21 @@ class Kit:
 
 def policy_config(head: HeadConfig, **changes: Any) -> PolicyConfig:
     norm = "adarms" if getattr(head, "time", "") == "adarms" else "rms"
-    return PolicyConfig(
-        **(
-            dict(
-                chunk=STEPS,
-                execute=1,
-                state_dim=4,
-                action_dim=PADDED,
-                cameras=("front",),
-                image_size=32,
-                max_tokens=8,
-                normalization="quantile",
-                state="suffix",
-                backbone=SmolVLMConfig("smolvlm", None, TinyVLM(32, 1, 1, 4, 48, 8, 2), None, ()),
-                expert=ExpertConfig(WIDTH, 2, 32, ("joint",), norm, "bidirectional"),
-                head=head,
-            )
-            | changes
-        )
+    plain = PolicyConfig(
+        chunk=STEPS,
+        execute=1,
+        state_dim=4,
+        action_dim=PADDED,
+        cameras=("front",),
+        image_size=32,
+        max_tokens=8,
+        normalization="quantile",
+        state="suffix",
+        backbone=SmolVLMConfig("smolvlm", None, TinyVLM(32, 1, 1, 4, 48, 8, 2), None, ()),
+        expert=ExpertConfig(WIDTH, 2, 32, ("joint",), norm, "bidirectional"),
+        head=head,
     )
+    return replace(plain, **changes)
 
 
 def make(head: HeadConfig, **changes: Any) -> Kit:

@@ -163,3 +163,14 @@ def test_gradients_pass_through_an_older_encoding(policies: SimpleNamespace) -> 
     assert policy.conditions.age is not None
     assert policy.conditions.age.weight.grad is not None
     assert policy.conditions.age.weight.grad.any()
+
+
+def test_another_intent_counts_at_once(policies: SimpleNamespace) -> None:
+    conditions = ConditionConfig(0, 2, 0.1)
+    policy, observation = touched(build(policies, conditions=conditions)), policies.observation()
+    chunks = []
+    for intent, scale in ((-1, 1.0), (0, 1.0), (1, 1.0), (1, 3.0)):
+        policy.config = replace(policy.config, conditions=replace(conditions, intent=intent, scale=scale))
+        chunks.append(answer(policy, observation))
+    for i, one in enumerate(chunks):
+        assert not any(np.allclose(one, other) for other in chunks[i + 1 :])

@@ -3,7 +3,7 @@
 Axes: B rows, G groups, n samples, H steps, A action dims.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class FastPath:
     gate: HorizonGate | None
     head: ActionHead
     real_dim: int  # action dimensions that are not padding
-    engine: Current = field(default_factory=Current)
+    engine: Current
 
     def denoiser(self, cache: PrefixCache, fresh: Fresh, groups: int) -> Denoiser:
         """The network for `groups` chunks of each row of the cache."""

@@ -27,6 +27,7 @@ from vla.chunk_tokens import ChunkTokens
 from vla.codec import Codec
 from vla.conditions import Conditions, Steering, trained_intent
 from vla.denoiser import Predictor
+from vla.engine.current import Current
 from vla.expert import ActionExpert
 from vla.fast_path import FastPath
 from vla.fresh import Fresh, FreshInputs
@@ -68,16 +69,7 @@ class VLAPolicy(nn.Module):
             lora.put_in(self.adaptable(), config.lora)
             backbone.freeze_unused()
         self._generator = torch.Generator()
-        self._fast = FastPath(
-            config,
-            backbone,
-            self.fresh,
-            self.conditions,
-            self.expert,
-            self.gate,
-            self.head,
-            real_dim=self.action_spec.dim,
-        )
+        self._engine = Current()
         self.mode = 0  # the behaviour of the chunks that are asked for: forward, unless tasks are being switched
 
     @classmethod
@@ -131,6 +123,12 @@ class VLAPolicy(nn.Module):
     def past(self) -> int:
         """Commands before the observation that it wants in `Observation.executed`."""
         return self.config.past if self.config.candidates > 1 else 0
+
+    @property
+    def _fast(self) -> FastPath:
+        """The parts behind the encoding as they are now: a changed `config` counts at once."""
+        parts = (self.backbone, self.fresh, self.conditions, self.expert, self.gate, self.head)
+        return FastPath(self.config, *parts, real_dim=self.action_spec.dim, engine=self._engine)
 
     @property
     def device(self) -> torch.device:

@@ -99,3 +99,19 @@ def test_a_tokenizer_of_other_chunks_is_refused(policies: SimpleNamespace, tmp_p
         VLAPolicy.build(config(policies, tmp_path / "none", "tokens"), policies.STATISTICS, seed=0)
     with pytest.raises(UsageError, match="does not go with"):
         replace(config(policies, tmp_path, "tokens"), state="prefix")
+
+
+def test_a_token_does_not_see_the_ones_after_it(policies: SimpleNamespace, folder: Path) -> None:
+    policy = VLAPolicy.build(config(policies, folder, "tokens"), policies.STATISTICS, seed=0)
+    assert policy.chunk_tokens is not None
+    seen: list[torch.Tensor] = []
+    policy.chunk_tokens.classifier.register_forward_hook(lambda _module, _given, out: seen.append(out.detach()))
+    batch = policies.batch(policy, range(1))
+    later = batch.actions.clamp(-0.9, 0.9)
+    policy.loss(replace(batch, actions=later))
+    changed = later.clone()
+    changed[:, -1] = -changed[:, -1].sign()  # other bins for the last step's two tokens, which are fed one place later
+    policy.loss(replace(batch, actions=changed))
+    one, other = seen
+    torch.testing.assert_close(one[:, :9], other[:, :9], atol=1e-6, rtol=0)
+    assert not torch.allclose(one[:, 9:], other[:, 9:])
